@@ -1,0 +1,83 @@
+"""The arithmetic that every estimator shares, written so that float32 loses nothing.
+
+An exponential moving average with decay b and its bias correction are
+
+    m_t = m_{t-1} + (1 - b) (g_t - m_{t-1})          k_t = 1 / (1 - b^t) = -1 / expm1(t log b)
+
+The textbook forms `b*m + (1-b)*g` and `1 - b**t` are the same on paper. In float32 they are not: the two rounded
+constants b and 1-b no longer sum to 1, which is an error of 1.3e-5 at b = .999 and 1.3e-2 at .999999, at every step.
+The form above has one constant, so its fixed point is exact, and one product that feeds the addition, so a compiler may
+fuse them or not fuse them in the same way everywhere: the bits do not depend on the loop around the step.
+
+Numbers that are known when the optimizer is built are held as Python floats and reach the device rounded once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Scalar = float | jax.Array
+Hyper = Scalar | Callable[[Any], Any]
+"""A hyper-parameter: a number, a traced scalar, or a schedule (a function of the number of steps taken so far)."""
+
+
+def compute_dtype(*arrays) -> Any:
+    """The real dtype to compute in: float64 if any of `arrays` has 64-bit components, else float32."""
+    return jnp.dtype("float64" if any(jnp.finfo(x.dtype).bits == 64 for x in arrays) else "float32")
+
+
+def moment_like(p, initial: Scalar = 0.0) -> jax.Array:
+    """A new array shaped and sharded like `p`, in the dtype p is computed in, complex if p is."""
+    dtype = compute_dtype(p)
+    return jnp.full_like(p, initial, dtype=jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(p) else dtype)
+
+
+def square_like(p, initial: Scalar = 0.0) -> jax.Array:
+    """The same for a moment of |g|^2: always real."""
+    return jnp.full_like(p, initial, dtype=compute_dtype(p))
+
+
+def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
+    """The value of a hyper-parameter at step t = 1, 2, ...: a Python float if it is known now, else an array (of
+    `dtype`)."""
+    if callable(hyper):
+        hyper = hyper(t - 1)
+    if isinstance(hyper, (int, float, np.generic, np.ndarray)):
+        return float(hyper)
+    return jnp.asarray(hyper, dtype)
+
+
+class Decay(NamedTuple):
+    """One step of a moving average of decay b: the newest value's weight 1 - b, the correction 1 / (1 - b^t), and log
+    b."""
+
+    gain: Scalar
+    debias: Scalar
+    log: Scalar
+
+
+def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
+    """The numbers of a moving average at step t >= 1, accurate for b arbitrarily close to 1."""
+    now = value_at(b, t, dtype)
+    gain = 1.0 - now  # exact for arrays in [1/2, 1], so that log1p sees the same b as the gain does
+    log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else jnp.log1p(-gain)
+    return Decay(gain, -1.0 / jnp.expm1(t.astype(dtype) * log_b), log_b)
+
+
+def lerp(old: jax.Array, new: jax.Array, gain: Scalar) -> jax.Array:
+    """old + gain (new - old)."""
+    return old + gain * (new - old)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """|x|^2, real also for complex x."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+    """x / by for real `by`; a complex x is divided part by part, exactly as a pair of reals would be."""
+    return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by

@@ -1,0 +1,101 @@
+"""The only tree helpers: one leaf's work is written for arrays and lifted to trees here.
+
+An estimator's memory of one array is an array, a NamedTuple of arrays, or (). In the optimizer's state it lies the
+other way round, as a NamedTuple of trees shaped like the parameters, because that is the form that sharding,
+checkpoints and Flax's boxes understand. `split` and `join` turn one into the other. A None leaf (a frozen parameter)
+stays None.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_none(x) -> bool:
+    """Whether x is None, so that None counts as a leaf."""
+    return x is None
+
+
+def flatten(tree) -> tuple[list, Any]:
+    """Leaves and structure, None included among the leaves."""
+    return jax.tree.flatten(tree, is_leaf=is_none)
+
+
+def join(outer, inner, rows: list):
+    """A list with one small tree of structure `inner` per leaf -> an `inner` of trees of structure `outer`."""
+    columns = zip(
+        *(inner.flatten_up_to(row) if row is not None else [None] * inner.num_leaves for row in rows), strict=True
+    )
+    trees = [outer.unflatten(column) for column in columns] if rows else [outer.unflatten(())] * inner.num_leaves
+    return inner.unflatten(trees)
+
+
+def split(outer, inner, state) -> list:
+    """The inverse of `join`: one small tree per leaf of `outer`."""
+    columns = [outer.flatten_up_to(tree) for tree in inner.flatten_up_to(state)]
+    return [inner.unflatten([column[i] for column in columns]) for i in range(outer.num_leaves)]
+
+
+def spread(prefix, outer, whole) -> list:
+    """One value per leaf of `whole`, from a single value or from a tree that is a prefix of it."""
+    full = jax.tree.broadcast(prefix, whole, is_leaf=is_none)
+    return outer.flatten_up_to(full)
+
+
+def named_leaves(tree) -> list[tuple[str, Any]]:
+    """Path and value of each leaf, None included."""
+    return [
+        (jax.tree_util.keystr(path) or "the tree itself", leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)
+    ]
+
+
+def as_array(x):
+    """Python and NumPy numbers as arrays; arrays, tracers and ShapeDtypeStructs as they are."""
+    return x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+
+
+def is_abstract(x) -> bool:
+    """Whether x is a ShapeDtypeStruct: a shape without values."""
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def init_like(init, p):
+    """init(p); for a ShapeDtypeStruct the same without values, sharded like p where the shape is p's."""
+    if not is_abstract(p):
+        return init(p)
+    like = jax.eval_shape(init, p)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding if x.shape == p.shape else None), like
+    )
+
+
+def check_floating(what: str, tree, leaves) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are floating or complex numbers."""
+    if all(x is None or jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
+        return
+    for name, x in named_leaves(tree):
+        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            raise TypeError(
+                f"{what} {name} has dtype {jnp.result_type(x)}, which has no moments: "
+                "leave it out of the trained parameters, for instance with optax.masked or by making it None"
+            )
+
+
+def check_shapes(updates, leaves, rows, params) -> None:
+    """Raises ValueError, naming the leaf, where gradient, moments and parameter differ in shape."""
+    for i, (g, row, p) in enumerate(zip(leaves, rows, params, strict=True)):
+        if g is None:
+            continue
+        for what, others in (
+            ("moments", jax.tree.leaves(row, is_leaf=is_none)),
+            ("parameter", [] if p is None else [p]),
+        ):
+            for x in others:
+                if x is None or jnp.shape(x) != jnp.shape(g):
+                    got = "None" if x is None else f"shape {jnp.shape(x)}"
+                    raise ValueError(
+                        f"gradient {named_leaves(updates)[i][0]} has shape {jnp.shape(g)} but its {what} have {got}: "
+                        "pass the gradients of the parameters that `init` was given, with the state it returned"
+                    )

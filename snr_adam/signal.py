@@ -1,0 +1,219 @@
+"""Numerators: how the mean of the gradient is estimated.
+
+The gradient of a mini-batch is the true gradient plus noise. A numerator turns the sequence g_1 ... g_t of one array
+into an estimate of its mean, the *signal*:
+
+    Gradient   g_t                                                  no memory: RMSProp, plain descent
+    EMA        m_t / (1 - b1^t),  m_t = b1 m_{t-1} + (1-b1) g_t      Adam (Kingma & Ba 2014, Algorithm 1)
+    Mean       the same number, kept as it is used                   with `noise.Spread` (Orvieto & Gower 2025)
+    Nesterov   the EMA one step ahead                                NAdam (Dozat 2016)
+    Mixture    a fast EMA + alpha times a slow one                   AdEMAMix (Pagliardini et al. 2024, eq. 2)
+    Sign       the sign of an interpolation                          Lion (Chen et al. 2023, Algorithm 2)
+
+A numerator is a frozen dataclass that knows one array, never a tree:
+
+    init(p) -> state                    zeros like p; an array, a NamedTuple of arrays, or () for no memory
+    at(t, dtype) -> numbers             what step t = 1, 2, ... needs, computed once for all arrays
+    update(state, g, numbers) -> (signal, state)
+    floor(t) -> rho_t                   Var[signal] / Var[g] for independent gradients: what pure noise leaves behind
+
+`center(state)` is the mean that a centred denominator measures the spread around.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, value_at
+
+
+def _ema_floor(b, t):
+    """(1-b)(1+b^t) / ((1+b)(1-b^t)): the sum of the squared weights of a bias-corrected EMA after t steps."""
+    return (1 - b) * (1 + b**t) / ((1 + b) * (1 - b**t))
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The raw gradient: a signal without memory, so all of the noise passes."""
+
+    def init(self, p):
+        return ()
+
+    def at(self, t, dtype):
+        return ()
+
+    def update(self, state, g, numbers):
+        return g, state
+
+    def center(self, state) -> Any:
+        return 0.0
+
+    def floor(self, t):
+        return 1.0
+
+
+@dataclass(frozen=True)
+class EMA:
+    """Exponential moving average with decay b1; `debias=False` leaves out the division by 1 - b1^t."""
+
+    b1: Hyper = 0.9
+    debias: bool = True
+    initial: Scalar = 0.0
+
+    def init(self, p):
+        return moment_like(p, self.initial)
+
+    def at(self, t, dtype):
+        return decay_at(self.b1, t, dtype)
+
+    def update(self, m, g, k: Decay):
+        m = lerp(m, g, k.gain)
+        return (m * k.debias if self.debias else m), m
+
+    def center(self, m):
+        return m
+
+    def floor(self, t):
+        b1 = value_at(self.b1, t)
+        return _ema_floor(b1, t) * (1.0 if self.debias else (1 - b1**t) ** 2)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The bias-corrected EMA, stored corrected: m_t = m_{t-1} + (1-b1)/(1-b1^t) (g_t - m_{t-1}).
+
+    The same estimate as `EMA`. Its state is the mean itself, which `noise.Spread` needs.
+    """
+
+    b1: Hyper = 0.95
+
+    def init(self, p):
+        return moment_like(p)
+
+    def at(self, t, dtype):
+        k = decay_at(self.b1, t, dtype)
+        return k.gain * k.debias
+
+    def update(self, m, g, gain):
+        m = lerp(m, g, gain)
+        return m, m
+
+    def center(self, m):
+        return m
+
+    def floor(self, t):
+        return _ema_floor(value_at(self.b1, t), t)
+
+
+class _Lookahead(NamedTuple):
+    gain: Scalar
+    scale: Scalar
+    ahead: Scalar
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """The EMA as it would be if the newest gradient came once more: b1 m_t / (1-b1^{t+1}) + (1-b1) g_t / (1-b1^t)."""
+
+    b1: Hyper = 0.9
+    debias: bool = True
+
+    def init(self, p):
+        return moment_like(p)
+
+    def at(self, t, dtype):
+        k, after = decay_at(self.b1, t, dtype), decay_at(self.b1, t + 1, dtype).debias
+        # b1 k' m + (1-b1) k g = (b1 m + (1-b1) (k/k') g) k': one product per addition, see _numerics
+        return _Lookahead(k.gain, after, k.gain * k.debias / after) if self.debias else _Lookahead(k.gain, 1.0, k.gain)
+
+    def update(self, m, g, k: _Lookahead):
+        m = lerp(m, g, k.gain)
+        return ((m - k.gain * m) + k.ahead * g) * k.scale, m
+
+    def center(self, m):
+        return m
+
+    def floor(self, t):
+        b = value_at(self.b1, t)
+        c = 1 - b
+        ahead, now = (b / (1 - b ** (t + 1)), c / (1 - b**t)) if self.debias else (b, c)
+        older = (ahead * c * b) ** 2 * (1 - b ** (2 * (t - 1))) / (1 - b * b)
+        return (ahead * c + now) ** 2 + older
+
+
+class FastAndSlow(NamedTuple):
+    """The two moving averages of a `Mixture`."""
+
+    m1: Any
+    m2: Any
+
+
+class _Mix(NamedTuple):
+    fast: Decay
+    slow: Scalar
+    alpha: Scalar
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """m1 / (1 - b1^t) + alpha m2: a fast EMA and, without bias correction, a slow one of decay b3."""
+
+    b1: Hyper = 0.9
+    b3: Hyper = 0.9999
+    alpha: Hyper = 5.0
+
+    def init(self, p):
+        return FastAndSlow(moment_like(p), moment_like(p))
+
+    def at(self, t, dtype):
+        fast, slow = decay_at(self.b1, t, dtype), decay_at(self.b3, t, dtype)
+        return _Mix(fast, slow.gain, value_at(self.alpha, t, dtype) / fast.debias)
+
+    def update(self, m, g, k: _Mix):
+        m = FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
+        return (m.m1 + k.alpha * m.m2) * k.fast.debias, m
+
+    def center(self, m):
+        return m.m1
+
+    def floor(self, t):
+        b1, b3 = value_at(self.b1, t), value_at(self.b3, t)
+        w1, w3 = (1 - b1) / (1 - b1**t), value_at(self.alpha, t) * (1 - b3)
+
+        def overlap(x, y):
+            return (1 - (x * y) ** t) / (1 - x * y)
+
+        return w1 * w1 * overlap(b1, b1) + 2 * w1 * w3 * overlap(b1, b3) + w3 * w3 * overlap(b3, b3)
+
+
+class _Two(NamedTuple):
+    look: Scalar
+    gain: Scalar
+
+
+@dataclass(frozen=True)
+class Sign:
+    """sign(b1 m_{t-1} + (1-b1) g_t), then m_t = b2 m_{t-1} + (1-b2) g_t. It divides by its own size: use no noise with
+    it."""
+
+    b1: Hyper = 0.9
+    b2: Hyper = 0.99
+
+    def init(self, p):
+        return moment_like(p)
+
+    def at(self, t, dtype):
+        return _Two(decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype).gain)
+
+    def update(self, m, g, k: _Two):
+        return jnp.sign(lerp(m, g, k.look)), lerp(m, g, k.gain)
+
+    def center(self, m):
+        return m
+
+    def floor(self, t):
+        return 1.0
+
+
+Signal = Gradient | EMA | Mean | Nesterov | Mixture | Sign

@@ -1,0 +1,249 @@
+"""The heart: w := w - alpha signal / noise, for one array, lifted to trees once.
+
+For every parameter a step does the same five things:
+
+    decode     the moments from the form they rest in                storage.py
+    estimate   the signal from the gradient and its memory           signal.py
+    estimate   the noise                                             noise.py
+    divide     u = signal / noise                                    here, and nowhere else
+    encode     the moments for their rest                            storage.py
+
+Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
+update comes back in the gradient's dtype. The learning rate multiplies the signal before the division: an update that
+ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from snr_adam import _tree
+from snr_adam import storage as storages
+from snr_adam._numerics import Hyper, abs_sq, compute_dtype, divide, value_at
+from snr_adam.noise import RMS, Noise
+from snr_adam.signal import EMA, Signal
+from snr_adam.storage import Storage
+
+
+class ScaleBySnrState(NamedTuple):
+    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`.
+
+    count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
+    mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).
+    nu: the noise's memory, likewise.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+class _Stored(NamedTuple):
+    """The moments of one parameter, as they rest."""
+
+    mu: Any
+    nu: Any
+
+
+class _Step(NamedTuple):
+    """The numbers of one step in one dtype, shared by all parameters."""
+
+    signal: Any
+    noise: Any
+
+
+class _Rule:
+    """The step of one array, for a fixed choice of signal, noise and storage."""
+
+    def __init__(self, signal: Signal, noise: Noise, storage: str | Storage):
+        self.signal, self.noise, self.storage = signal, noise, storages.resolve(storage)
+        self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
+
+    def init(self, p) -> _Stored:
+        return _Stored(*self.storage.encode(self.signal.init(p), self.noise.init(p), None))
+
+    def at(self, t, dtype) -> _Step:
+        return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype))
+
+    def estimate(self, g, stored: _Stored, step: _Step, dtype):
+        """(signal, noise, memory at rest) of one array; `noise` is 1 where the division has been done already."""
+        mu, nu = self.storage.decode(*stored, dtype)
+        if self.noise.divides_first:
+            noise, nu = self.noise.update(nu, g, step.noise, None)
+            signal, mu = self.signal.update(mu, divide(g, noise), step.signal)
+            noise = 1.0
+        else:
+            signal, mu = self.signal.update(mu, g, step.signal)
+            noise, nu = self.noise.update(nu, g, step.noise, self.signal.center(mu))
+        return signal, noise, _Stored(*self.storage.encode(mu, nu, None))
+
+
+def _trust_ratio(p, u):
+    """|p| / |u|, and 1 where either is 0 (LAMB, You et al. 2020, with phi the identity)."""
+    p_norm, u_norm = jnp.sqrt(jnp.sum(abs_sq(p))), jnp.sqrt(jnp.sum(abs_sq(u)))
+    return jnp.where((p_norm > 0) & (u_norm > 0), p_norm / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
+
+
+def _resolve(hyper, t):
+    """A hyper-parameter, or a tree of them, with every schedule replaced by its value at step t."""
+    return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
+
+
+class _Descent(NamedTuple):
+    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, signal /
+    noise."""
+
+    alpha: Any = None
+    weight_decay: Any = 0.0
+    mask: Any = None
+    trust_ratio: bool = False
+
+    @property
+    def needs_params(self) -> bool:
+        return self.trust_ratio or not (isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0)
+
+    def per_leaf(self, t, outer, updates, params) -> tuple[list, list]:
+        """alpha and lambda of every leaf."""
+        if self.alpha is None:
+            return [None] * outer.num_leaves, [0.0] * outer.num_leaves
+        alphas = _tree.spread(_resolve(self.alpha, t), outer, updates)
+        decay = _resolve(self.weight_decay, t)
+        if self.mask is None:
+            return alphas, [decay] * outer.num_leaves
+        mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
+        masks = _tree.spread(mask, outer, updates)
+        return alphas, [_select(on, decay) for on in masks]
+
+    def step(self, signal, noise, p, alpha, decay):
+        if alpha is None:
+            return divide(signal, noise)
+        decays = not (isinstance(decay, float) and decay == 0)
+        if self.trust_ratio:
+            u = divide(signal, noise) + decay * p if decays else divide(signal, noise)
+            return (-alpha * _trust_ratio(p, u)) * u
+        u = divide(-alpha * signal, noise)
+        return u - (alpha * decay) * p if decays else u
+
+
+def _select(on, decay):
+    """decay where the mask is on, else 0; decided now if the mask is known now."""
+    return (decay if on else 0.0) if isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
+
+
+def _in(dtype, x):
+    """A scalar in `dtype`; Python floats take the dtype of what they meet."""
+    return x.astype(dtype) if isinstance(x, jax.Array) else x
+
+
+def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraArgs:
+    """The step of one array as a pure (init, update) pair over trees."""
+
+    def init(params):
+        leaves, outer = _tree.flatten(params)
+        _tree.check_floating("parameter", params, leaves)
+        rows = [None if p is None else _tree.init_like(rule.init, _tree.as_array(p)) for p in leaves]
+        count = jnp.zeros((), jnp.int32)
+        if any(_tree.is_abstract(p) for p in leaves):
+            count = jax.ShapeDtypeStruct(count.shape, count.dtype)
+        return ScaleBySnrState(count, *_tree.join(outer, rule.memory, rows))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        t = optax.safe_increment(state.count)
+        leaves, outer = _tree.flatten(updates)
+        _tree.check_floating("gradient", updates, leaves)
+        rows = _tree.split(outer, rule.memory, _Stored(state.mu, state.nu))
+        ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
+        _tree.check_shapes(updates, leaves, rows, ps)
+        if params is None and descent.needs_params:
+            raise ValueError(
+                "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
+            )
+        alphas, decays = descent.per_leaf(t, outer, updates, params)
+        numbers = functools.cache(lambda dtype: rule.at(t, dtype))
+
+        def leaf(g, stored, p, alpha, decay):
+            if g is None:
+                return None, stored
+            g = _tree.as_array(g)
+            dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
+            wide = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(g) else dtype
+            signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype)
+            p = None if p is None else _tree.as_array(p).astype(wide)
+            u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay))
+            return u.astype(g.dtype), stored
+
+        new = [leaf(*each) for each in zip(leaves, rows, ps, alphas, decays, strict=True)]
+        out = outer.unflatten([u for u, _ in new])
+        return out, ScaleBySnrState(t, *_tree.join(outer, rule.memory, [stored for _, stored in new]))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_snr(
+    signal: Signal = EMA(), noise: Noise = RMS(), storage: str | Storage = "float32"
+) -> optax.GradientTransformationExtraArgs:
+    """Divides the gradient's signal by its noise.
+
+    u_t = signal_t / noise_t, for every element of every parameter. Put a learning rate behind it, as in
+    `optax.chain(scale_by_snr(), optax.scale_by_learning_rate(1e-3))`, or use a preset of `snr_adam.optimizers`.
+
+    Args:
+      signal: a numerator of `snr_adam.signal`, by default Adam's EMA(0.9).
+      noise: a denominator of `snr_adam.noise`, by default Adam's RMS(0.999, eps=1e-8).
+      storage: how the moments rest between steps, a name or an object of `snr_adam.storage`.
+
+    Returns:
+      A transformation whose state is a `ScaleBySnrState` and whose updates have the gradients' structure, shapes and
+      dtypes. It needs no `params` and ignores extra arguments.
+
+    Raises:
+      ValueError: for an unknown storage, or when gradients and state do not belong together.
+      TypeError: for parameters or gradients that are not floating or complex.
+
+    >>> import jax.numpy as jnp
+    >>> tx = scale_by_snr()
+    >>> state = tx.init(jnp.zeros(2))
+    >>> updates, state = tx.update(jnp.array([3.0, -0.001]), state)
+    >>> print(updates)  # one gradient: all signal, whatever its size
+    [ 1.       -0.99999]
+
+    Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
+    """
+    return _lift(_Rule(signal, noise, storage), _Descent())
+
+
+def descend(
+    learning_rate: Any,
+    signal: Signal = EMA(),
+    noise: Noise = RMS(),
+    *,
+    weight_decay: Hyper = 0.0,
+    mask: Any = None,
+    trust_ratio: bool = False,
+    storage: str | Storage = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """The whole step: u = -alpha (signal / noise + lambda p).
+
+    Args:
+      learning_rate: alpha. A float, a scalar array, a schedule of the number of steps taken, or a tree of these that
+      is a
+        prefix of the parameters.
+      signal: a numerator of `snr_adam.signal`.
+      noise: a denominator of `snr_adam.noise`.
+      weight_decay: lambda, decoupled from signal and noise (Loshchilov & Hutter 2019). A float, a scalar array or a
+      schedule. mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from
+      them to one. trust_ratio: scales each parameter's step to |p| (LAMB).
+      storage: how the moments rest between steps.
+
+    Returns:
+      A transformation with state `ScaleBySnrState`; `update` needs `params` if there is weight decay or a trust ratio.
+
+    Raises:
+      ValueError: as `scale_by_snr`, and if `params` is needed and missing.
+    """
+    return _lift(_Rule(signal, noise, storage), _Descent(learning_rate, weight_decay, mask, trust_ratio))
