@@ -15,12 +15,14 @@ All but Belief and Deviation estimate the *raw* second moment, mean^2 + variance
 
 A denominator is a frozen dataclass that knows one array, never a tree:
 
-    init(p) -> state                    real, like |p|; an array, a NamedTuple of arrays, or () for no memory
-    at(t, dtype) -> numbers             what step t = 1, 2, ... needs, computed once for all arrays
-    update(state, g, numbers, center) -> (noise, state)
+    init(p) -> state                                real, like |p|; an array, a NamedTuple of arrays, or () for no
+    memory at(t, dtype) -> numbers                         what step t = 1, 2, ... needs, computed once for all arrays
+    update(state, g, numbers, center) -> state      the memory after g
+    estimate(state, g, numbers, center) -> noise    from the memory after g, as it will rest (`storage.py`)
 
-where `center` is the mean that the signal holds after seeing g. With `divides_first` the quotient g / noise is what the
-signal averages; otherwise the signal's average is divided.
+where `center` is the moving average that the signal holds after g (0 if it holds none). With `divides_first` the
+estimate is made from the memory before g, and g / noise is what the signal averages; otherwise the signal's average is
+divided.
 """
 
 from dataclasses import dataclass
@@ -68,8 +70,10 @@ class RMS:
         return _numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
     def update(self, v, g, k, center):
-        v = lerp(v, abs_sq(g), k.v.gain)
-        return _root(v, k, self.debias), v
+        return lerp(v, abs_sq(g), k.v.gain)
+
+    def estimate(self, v, g, k, center):
+        return _root(v, k, self.debias)
 
 
 class AverageAndMaximum(NamedTuple):
@@ -98,7 +102,10 @@ class Maximum:
     def update(self, state, g, k, center):
         v = lerp(state.v, abs_sq(g), k.v.gain)
         v_max = jnp.maximum(state.v_max, v * k.v.debias if self.debias else v)
-        return _root(v_max, k, debias=False), AverageAndMaximum(v, v_max)
+        return AverageAndMaximum(v, v_max)
+
+    def estimate(self, state, g, k, center):
+        return _root(state.v_max, k, debias=False)
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,10 @@ class Infinity:
 
     def update(self, n, g, k, center):
         b2, eps = k
-        n = jnp.maximum(b2 * n, abs(g) + eps)
-        return n, n
+        return jnp.maximum(b2 * n, abs(g) + eps)
+
+    def estimate(self, n, g, k, center):
+        return n
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,10 @@ class Belief:
         return _numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
     def update(self, v, g, k, center):
-        v = lerp(v, abs_sq(g - center), k.v.gain) + k.eps_root
-        return jnp.sqrt(v * k.v.debias) + k.eps, v
+        return lerp(v, abs_sq(g - center), k.v.gain) + k.eps_root
+
+    def estimate(self, v, g, k, center):
+        return jnp.sqrt(v * k.v.debias) + k.eps
 
 
 @dataclass(frozen=True)
@@ -164,8 +175,10 @@ class Yogi:
 
     def update(self, v, g, k, center):
         square = abs_sq(g)
-        v = v - k.v.gain * (jnp.sign(v - square) * square)
-        return _root(v, k), v
+        return v - k.v.gain * (jnp.sign(v - square) * square)
+
+    def estimate(self, v, g, k, center):
+        return _root(v, k)
 
 
 class _Rectifier(NamedTuple):
@@ -215,8 +228,10 @@ class Rectified:
         return _Rectifier(k, r, on)
 
     def update(self, v, g, k: _Rectifier, center):
-        v = lerp(v, abs_sq(g), k.root.v.gain)
-        return jnp.where(k.on, _root(v, k.root) / k.r, 1.0), v
+        return lerp(v, abs_sq(g), k.root.v.gain)
+
+    def estimate(self, v, g, k: _Rectifier, center):
+        return jnp.where(k.on, _root(v, k.root) / k.r, 1.0)
 
 
 class _Before(NamedTuple):
@@ -249,10 +264,13 @@ class Previous:
         return _Before(gain, value_at(self.eps, t, dtype), clip, first)
 
     def update(self, v, g, k: _Before, center):
+        return lerp(v, abs_sq(g), k.gain)
+
+    def estimate(self, v, g, k: _Before, center):
         noise = jnp.maximum(jnp.sqrt(v), k.eps)
         if k.clip is not None:
             noise = jnp.maximum(noise, abs(g) / k.clip)
-        return jnp.where(k.first, jnp.inf, noise), lerp(v, abs_sq(g), k.gain)
+        return jnp.where(k.first, jnp.inf, noise)
 
 
 class MeanAndVariance(NamedTuple):
@@ -283,12 +301,15 @@ class Deviation:
         return decay_at(self.decay, t, dtype), value_at(self.eps, t, dtype)
 
     def update(self, state, g, k, center):
-        k, eps = k
-        b = 1.0 - k.gain
-        m, s = lerp(state.m, g, k.gain), b * (state.s + k.gain * abs_sq(g - state.m))
-        # the debiased v - m^2 is k (s + m^2) - k^2 m^2
+        gain = k[0].gain
+        s = (1.0 - gain) * (state.s + gain * abs_sq(g - state.m))
+        return MeanAndVariance(lerp(state.m, g, gain), s)
+
+    def estimate(self, state, g, k, center):
+        (m, s), (k, eps) = state, k
+        # bias-corrected, v - m^2 is k (s + m^2) - k^2 m^2
         variance = jnp.maximum(k.debias * (s - (k.debias - 1.0) * abs_sq(m)), 0.0) if self.debias else s
-        return (jnp.sqrt(variance + eps) if self.eps_in_sqrt else jnp.sqrt(variance) + eps), MeanAndVariance(m, s)
+        return jnp.sqrt(variance + eps) if self.eps_in_sqrt else jnp.sqrt(variance) + eps
 
 
 @dataclass(frozen=True)
@@ -313,9 +334,11 @@ class Spread:
         return 1.0 - a, jnp.where(a < 1.0, a / (1.0 - a), 0.0), value_at(self.eps, t, dtype)
 
     def update(self, s, g, k, center):
-        keep, weight, eps = k
-        s = keep * s + weight * abs_sq(g - center)
-        return jnp.sqrt(s + abs_sq(center)) + eps, s
+        keep, weight, _ = k
+        return keep * s + weight * abs_sq(g - center)
+
+    def estimate(self, s, g, k, center):
+        return jnp.sqrt(s + abs_sq(center)) + k[2]
 
 
 @dataclass(frozen=True)
@@ -331,7 +354,10 @@ class Unit:
         return ()
 
     def update(self, state, g, k, center):
-        return 1.0, state
+        return state
+
+    def estimate(self, state, g, k, center):
+        return 1.0
 
 
 Noise = RMS | Maximum | Infinity | Belief | Yogi | Rectified | Previous | Deviation | Spread | Unit

@@ -12,12 +12,14 @@ into an estimate of its mean, the *signal*:
 
 A numerator is a frozen dataclass that knows one array, never a tree:
 
-    init(p) -> state                    zeros like p; an array, a NamedTuple of arrays, or () for no memory
-    at(t, dtype) -> numbers             what step t = 1, 2, ... needs, computed once for all arrays
-    update(state, g, numbers) -> (signal, state)
-    floor(t) -> rho_t                   Var[signal] / Var[g] for independent gradients: what pure noise leaves behind
+    init(p) -> state                         zeros like p; an array, a NamedTuple of arrays, or () for no memory
+    at(t, dtype) -> numbers                  what step t = 1, 2, ... needs, computed once for all arrays
+    update(state, g, numbers) -> state       the memory after g
+    estimate(old, new, g, numbers)           the signal, from the memory before g and after
+    floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
 
-`center(state)` is the mean that a centred denominator measures the spread around.
+`estimate` is given the new memory as it will rest (`storage.py`), so that a step reads what it has stored and nothing
+twice.
 """
 
 from dataclasses import dataclass
@@ -44,10 +46,10 @@ class Gradient:
         return ()
 
     def update(self, state, g, numbers):
-        return g, state
+        return state
 
-    def center(self, state) -> Any:
-        return 0.0
+    def estimate(self, old, new, g, numbers):
+        return g
 
     def floor(self, t):
         return 1.0
@@ -68,11 +70,10 @@ class EMA:
         return decay_at(self.b1, t, dtype)
 
     def update(self, m, g, k: Decay):
-        m = lerp(m, g, k.gain)
-        return (m * k.debias if self.debias else m), m
+        return lerp(m, g, k.gain)
 
-    def center(self, m):
-        return m
+    def estimate(self, old, m, g, k: Decay):
+        return m * k.debias if self.debias else m
 
     def floor(self, t):
         b1 = value_at(self.b1, t)
@@ -96,10 +97,9 @@ class Mean:
         return k.gain * k.debias
 
     def update(self, m, g, gain):
-        m = lerp(m, g, gain)
-        return m, m
+        return lerp(m, g, gain)
 
-    def center(self, m):
+    def estimate(self, old, m, g, gain):
         return m
 
     def floor(self, t):
@@ -128,11 +128,10 @@ class Nesterov:
         return _Lookahead(k.gain, after, k.gain * k.debias / after) if self.debias else _Lookahead(k.gain, 1.0, k.gain)
 
     def update(self, m, g, k: _Lookahead):
-        m = lerp(m, g, k.gain)
-        return ((m - k.gain * m) + k.ahead * g) * k.scale, m
+        return lerp(m, g, k.gain)
 
-    def center(self, m):
-        return m
+    def estimate(self, old, m, g, k: _Lookahead):
+        return ((m - k.gain * m) + k.ahead * g) * k.scale
 
     def floor(self, t):
         b = value_at(self.b1, t)
@@ -171,11 +170,10 @@ class Mixture:
         return _Mix(fast, slow.gain, value_at(self.alpha, t, dtype) / fast.debias)
 
     def update(self, m, g, k: _Mix):
-        m = FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
-        return (m.m1 + k.alpha * m.m2) * k.fast.debias, m
+        return FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
 
-    def center(self, m):
-        return m.m1
+    def estimate(self, old, m, g, k: _Mix):
+        return (m.m1 + k.alpha * m.m2) * k.fast.debias
 
     def floor(self, t):
         b1, b3 = value_at(self.b1, t), value_at(self.b3, t)
@@ -207,10 +205,10 @@ class Sign:
         return _Two(decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype).gain)
 
     def update(self, m, g, k: _Two):
-        return jnp.sign(lerp(m, g, k.look)), lerp(m, g, k.gain)
+        return lerp(m, g, k.gain)
 
-    def center(self, m):
-        return m
+    def estimate(self, old, m, g, k: _Two):
+        return jnp.sign(lerp(old, g, k.look))
 
     def floor(self, t):
         return 1.0

@@ -73,7 +73,7 @@ Storage = Full | Cast
 _BY_NAME = {"float32": Full()}
 
 
-def resolve(storage: "str | Storage") -> Storage:
+def resolve(storage: "str | Storage") -> Any:
     """The storage of that name, or the object itself."""
     if isinstance(storage, str) and storage in _BY_NAME:
         return _BY_NAME[storage]

@@ -2,11 +2,11 @@
 
 For every parameter a step does the same five things:
 
-    decode     the moments from the form they rest in                storage.py
-    estimate   the signal from the gradient and its memory           signal.py
-    estimate   the noise                                             noise.py
-    divide     u = signal / noise                                    here, and nowhere else
-    encode     the moments for their rest                            storage.py
+    decode     the moments from the form they rest in                            storage.py
+    update     them with the gradient                                            signal.py, noise.py
+    encode     them for their rest                                               storage.py
+    estimate   signal and noise from the moments as they will rest               signal.py, noise.py
+    divide     u = signal / noise                                                here, and nowhere else
 
 Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
 update comes back in the gradient's dtype. The learning rate multiplies the signal before the division: an update that
@@ -70,16 +70,23 @@ class _Rule:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype))
 
     def estimate(self, g, stored: _Stored, step: _Step, dtype):
-        """(signal, noise, memory at rest) of one array; `noise` is 1 where the division has been done already."""
-        mu, nu = self.storage.decode(*stored, dtype)
+        """Signal and noise of one array, and its memory at rest."""
+        old = _Stored(*self.storage.decode(*stored, dtype))
+        x, noise = g, None
         if self.noise.divides_first:
-            noise, nu = self.noise.update(nu, g, step.noise, None)
-            signal, mu = self.signal.update(mu, divide(g, noise), step.signal)
-            noise = 1.0
-        else:
-            signal, mu = self.signal.update(mu, g, step.signal)
-            noise, nu = self.noise.update(nu, g, step.noise, self.signal.center(mu))
-        return signal, noise, _Stored(*self.storage.encode(mu, nu, None))
+            x, noise = divide(g, self.noise.estimate(old.nu, g, step.noise, None)), 1.0
+        mu = self.signal.update(old.mu, x, step.signal)
+        nu = self.noise.update(old.nu, g, step.noise, _center(mu))
+        stored = _Stored(*self.storage.encode(mu, nu, None))
+        mu, nu = self.storage.decode(*stored, dtype)  # from here on what is stored, and the step reads nothing twice
+        if noise is None:
+            noise = self.noise.estimate(nu, g, step.noise, _center(mu))
+        return self.signal.estimate(old.mu, mu, x, step.signal), noise, stored
+
+
+def _center(mu):
+    """The moving average that a spread is measured around: the signal's first, 0 if it keeps none."""
+    return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
 def _trust_ratio(p, u):

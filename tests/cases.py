@@ -1,0 +1,78 @@
+"""The lists that the laws run over: every numerator, every denominator, every preset, and trees with awkward leaves.
+
+A new estimator or preset is one row here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+import snr_adam
+
+SIGNALS = {
+    "gradient": snr_adam.Gradient(),
+    "ema": snr_adam.EMA(0.9),
+    "ema_raw": snr_adam.EMA(0.9, debias=False),
+    "mean": snr_adam.Mean(0.95),
+    "nesterov": snr_adam.Nesterov(0.9),
+    "nesterov_raw": snr_adam.Nesterov(0.9, debias=False),
+    "mixture": snr_adam.Mixture(0.9, 0.999, 5.0),
+    "sign": snr_adam.Sign(0.9, 0.99),
+}
+NOISES = {
+    "rms": snr_adam.RMS(0.999),
+    "rms_raw": snr_adam.RMS(0.9, eps=0.0, eps_root=1e-8, debias=False, initial=0.1),
+    "maximum": snr_adam.Maximum(0.999),
+    "infinity": snr_adam.Infinity(0.999),
+    "belief": snr_adam.Belief(0.999),
+    "yogi": snr_adam.Yogi(0.999),
+    "rectified": snr_adam.Rectified(0.999),
+    "previous": snr_adam.Previous(0.9999, clip=lambda count: count**0.25),
+    "previous_unclipped": snr_adam.Previous(0.9999),
+    "deviation": snr_adam.Deviation(0.9),
+    "deviation_debiased": snr_adam.Deviation(0.9, eps_in_sqrt=False, debias=True),
+    "spread": snr_adam.Spread(0.95),
+    "unit": snr_adam.Unit(),
+}
+# name -> the preset, its Optax namesake (None if there is none)
+PRESETS = {
+    name: (getattr(snr_adam, name), getattr(optax, name, None) or getattr(optax.contrib, name, None))
+    for name in (
+        "adam",
+        "adamw",
+        "nadam",
+        "nadamw",
+        "adamax",
+        "adamaxw",
+        "amsgrad",
+        "adabelief",
+        "yogi",
+        "radam",
+        "rmsprop",
+        "lion",
+        "adopt",
+        "ademamix",
+        "lamb",
+        "centered_adam",
+    )
+}
+
+
+def tree(seed: int = 0, dtype=None, scale: float = 1.0):
+    """A nested tree with a scalar, odd, matrix and empty leaves, drawn from a normal distribution."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(scale * rng.normal(size=shape), dtype or jnp.result_type(float))
+
+    return {"scalar": draw(), "one": draw(1), "block": [draw(7), draw(3, 5)], "empty": draw(0, 3)}
+
+
+def gradients(steps: int, seed: int = 1, dtype=None):
+    """`steps` gradient trees for `tree()`, of changing size and a mean that is not zero."""
+    rng = np.random.default_rng(seed)
+    for t in range(steps):
+        size = float(np.exp(rng.normal()))
+        yield jax.tree.map(lambda x, size=size: x * size + 0.1, tree(1000 * seed + t, dtype))

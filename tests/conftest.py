@@ -1,0 +1,21 @@
+"""Eight CPU devices for every test, and fixtures for 64-bit and strict promotion."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with 64-bit types enabled."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_promotion():
+    """Runs the test with implicit dtype promotion forbidden."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
