@@ -81,3 +81,52 @@ def abs_sq(x: jax.Array) -> jax.Array:
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by for real `by`; a complex x is divided part by part, exactly as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def random_bits(shape: tuple[int, ...], count: jax.Array, leaf: int, stream: int = 0) -> jax.Array:
+    """uint32 random bits for an array, a function of the step, the leaf's number and the element's index alone.
+
+    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array. The
+    step enters twice, before and between two rounds of `_mix`, so that no two steps use shifted copies of one sequence.
+    Indices are taken modulo 2^32.
+    """
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    seed = _mix(count.astype(jnp.uint32) ^ _mix(jnp.uint32(4 * leaf + stream)))
+    x = (index ^ seed) * jnp.uint32(0x9E3779B1)
+    x = (x ^ (x >> 15) ^ _mix(seed)) * jnp.uint32(0x85EBCA77)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE3D)
+    return x ^ (x >> 16)
+
+
+def word_of(x: jax.Array) -> jax.Array:
+    """The bits of a float32 array as uint32."""
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+
+
+def float_of(word: jax.Array) -> jax.Array:
+    """The inverse of `word_of`."""
+    return jax.lax.bitcast_convert_type(word, jnp.float32)
+
+
+def round_to(dtype, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
+    """x in `dtype`; with `bits` (uint32), float32 is rounded to bfloat16 or float16 stochastically, by the low 16 bits.
+
+    The mean over uniform bits is x, up to 2^-16 of a rounding step. Zero, infinity, NaN and values that `dtype` can hold
+    are kept. Below float16's smallest normal number, 2^-14, rounding is to nearest.
+    """
+    dtype = jnp.dtype(dtype)
+    dropped = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}.get(dtype)
+    if bits is None or dropped is None or x.dtype == dtype:
+        return x.astype(dtype)
+    mask = (1 << dropped) - 1
+    up = word_of(x) + ((bits & 0xFFFF) >> (16 - dropped))
+    return float_of(up & jnp.uint32(0xFFFFFFFF ^ mask)).astype(dtype)

@@ -1,22 +1,23 @@
 """Denominators: how the spread of the gradient is estimated.
 
-    RMS         sqrt(v_t / (1 - b2^t) + eps_root) + eps,  v_t = b2 v_{t-1} + (1-b2) g_t^2     Adam (Kingma & Ba 2014)
-    Maximum     the same with the largest v so far                               AMSGrad (Reddi et al. 2018)
-    Infinity    max(b2 n_{t-1}, |g_t| + eps)                                     AdaMax (Kingma & Ba 2014, section 7)
-    Belief      v of the prediction error g_t - m_t                              AdaBelief (Zhuang et al. 2020)
-    Yogi        v - (1-b2) sign(v - g^2) g^2                                     Yogi (Zaheer et al. 2018)
-    Rectified   RMS / r_t once its own variance is finite, 1 before              RAdam (Liu et al. 2020)
-    Previous    sqrt(v_{t-1}), and it divides before the signal averages         ADOPT (Taniguchi et al. 2024)
-    Deviation   sqrt(v - m^2) around a mean of its own                           centred RMSProp (Graves 2013)
-    Spread      sqrt(s + m^2), s the variance around `signal.Mean`               Adam with b1 = b2 (Orvieto & Gower
-    2025) Unit        1                                                                Lion, plain descent
+    RMS         sqrt(v_t / (1 - b2^t) + eps_root) + eps                    Adam (Kingma & Ba 2014)
+                with v_t = b2 v_{t-1} + (1-b2) g_t^2
+    Maximum     the same with the largest v so far                         AMSGrad (Reddi et al. 2018)
+    Infinity    max(b2 n_{t-1}, |g_t| + eps)                               AdaMax (Kingma & Ba 2014, section 7)
+    Belief      v of the prediction error g_t - m_t                        AdaBelief (Zhuang et al. 2020)
+    Yogi        v - (1-b2) sign(v - g^2) g^2                               Yogi (Zaheer et al. 2018)
+    Rectified   RMS / r_t once its own variance is finite, 1 before        RAdam (Liu et al. 2020)
+    Previous    sqrt(v_{t-1}), which divides before the signal averages    ADOPT (Taniguchi et al. 2024)
+    Deviation   sqrt(v - m^2) around a mean of its own                     centred RMSProp (Graves 2013)
+    Spread      sqrt(s + m^2), s the variance around `signal.Mean`         Adam with b1 = b2 (Orvieto & Gower 2025)
+    Unit        1                                                          Lion, plain descent
 
 All but Belief and Deviation estimate the *raw* second moment, mean^2 + variance, hence "pseudo" signal-to-noise ratio.
 
 A denominator is a frozen dataclass that knows one array, never a tree:
 
-    init(p) -> state                                real, like |p|; an array, a NamedTuple of arrays, or () for no
-    memory at(t, dtype) -> numbers                         what step t = 1, 2, ... needs, computed once for all arrays
+    init(p) -> state                                real, like |p|; an array, a NamedTuple of arrays, or ()
+    at(t, dtype) -> numbers                         what step t = 1, 2, ... needs, computed once for all arrays
     update(state, g, numbers, center) -> state      the memory after g
     estimate(state, g, numbers, center) -> noise    from the memory after g, as it will rest (`storage.py`)
 

@@ -185,15 +185,18 @@ class Mixture:
         return w1 * w1 * overlap(b1, b1) + 2 * w1 * w3 * overlap(b1, b3) + w3 * w3 * overlap(b3, b3)
 
 
-class _Two(NamedTuple):
+class _Look(NamedTuple):
     look: Scalar
     gain: Scalar
+    ahead: Scalar | None
 
 
 @dataclass(frozen=True)
 class Sign:
-    """sign(b1 m_{t-1} + (1-b1) g_t), then m_t = b2 m_{t-1} + (1-b2) g_t. It divides by its own size: use no noise with
-    it."""
+    """sign(c_t), c_t = b1 m_{t-1} + (1-b1) g_t, then m_t = b2 m_{t-1} + (1-b2) g_t. Its size is 1: needs no noise.
+
+    c_t is read off m_t, as m_t + (b2-b1)/b2 (g_t - m_t): reading m_{t-1} would cost a copy of it, 8 bytes per parameter.
+    """
 
     b1: Hyper = 0.9
     b2: Hyper = 0.99
@@ -202,13 +205,15 @@ class Sign:
         return moment_like(p)
 
     def at(self, t, dtype):
-        return _Two(decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype).gain)
+        look, gain = decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype).gain
+        forgets = isinstance(gain, float) and gain == 1.0
+        return _Look(look, gain, None if forgets else (look - gain) / (1.0 - gain))
 
-    def update(self, m, g, k: _Two):
+    def update(self, m, g, k: _Look):
         return lerp(m, g, k.gain)
 
-    def estimate(self, old, m, g, k: _Two):
-        return jnp.sign(lerp(old, g, k.look))
+    def estimate(self, old, m, g, k: _Look):
+        return jnp.sign(lerp(old, g, k.look) if k.ahead is None else lerp(m, g, k.ahead))
 
     def floor(self, t):
         return 1.0

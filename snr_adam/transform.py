@@ -23,7 +23,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
-from snr_adam._numerics import Hyper, abs_sq, compute_dtype, divide, value_at
+from snr_adam._numerics import Hyper, abs_sq, compute_dtype, divide, random_bits, value_at
 from snr_adam.noise import RMS, Noise
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
@@ -64,12 +64,15 @@ class _Rule:
         self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
 
     def init(self, p) -> _Stored:
-        return _Stored(*self.storage.encode(self.signal.init(p), self.noise.init(p), None))
+        def dither(stream):
+            return jnp.zeros(jnp.shape(p), jnp.uint32)
+
+        return _Stored(*self.storage.encode(self.signal.init(p), self.noise.init(p), dither))
 
     def at(self, t, dtype) -> _Step:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype))
 
-    def estimate(self, g, stored: _Stored, step: _Step, dtype):
+    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither):
         """Signal and noise of one array, and its memory at rest."""
         old = _Stored(*self.storage.decode(*stored, dtype))
         x, noise = g, None
@@ -77,7 +80,7 @@ class _Rule:
             x, noise = divide(g, self.noise.estimate(old.nu, g, step.noise, None)), 1.0
         mu = self.signal.update(old.mu, x, step.signal)
         nu = self.noise.update(old.nu, g, step.noise, _center(mu))
-        stored = _Stored(*self.storage.encode(mu, nu, None))
+        stored = _Stored(*self.storage.encode(mu, nu, dither))
         mu, nu = self.storage.decode(*stored, dtype)  # from here on what is stored, and the step reads nothing twice
         if noise is None:
             noise = self.noise.estimate(nu, g, step.noise, _center(mu))
@@ -173,18 +176,19 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
         alphas, decays = descent.per_leaf(t, outer, updates, params)
         numbers = functools.cache(lambda dtype: rule.at(t, dtype))
 
-        def leaf(g, stored, p, alpha, decay):
+        def leaf(number, g, stored, p, alpha, decay):
             if g is None:
                 return None, stored
             g = _tree.as_array(g)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(g) else dtype
-            signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype)
+            dither = functools.partial(random_bits, g.shape, t, number)
+            signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
             p = None if p is None else _tree.as_array(p).astype(wide)
             u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay))
             return u.astype(g.dtype), stored
 
-        new = [leaf(*each) for each in zip(leaves, rows, ps, alphas, decays, strict=True)]
+        new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]
         out = outer.unflatten([u for u, _ in new])
         return out, ScaleBySnrState(t, *_tree.join(outer, rule.memory, [stored for _, stored in new]))
 
