@@ -120,7 +120,7 @@ def float_of(word: jax.Array) -> jax.Array:
 def round_to(dtype, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
     """x in `dtype`; with `bits` (uint32), float32 is rounded to bfloat16 or float16 stochastically, by the low 16 bits.
 
-    The mean over uniform bits is x, up to 2^-16 of a rounding step. Zero, infinity, NaN and values that `dtype` can hold
+    The mean over uniform bits is exactly x. Zero, infinity, NaN and values that `dtype` can hold
     are kept. Below float16's smallest normal number, 2^-14, rounding is to nearest.
     """
     dtype = jnp.dtype(dtype)

@@ -99,3 +99,9 @@ def check_shapes(updates, leaves, rows, params) -> None:
                         f"gradient {named_leaves(updates)[i][0]} has shape {jnp.shape(g)} but its {what} have {got}: "
                         "pass the gradients of the parameters that `init` was given, with the state it returned"
                     )
+
+
+def new_count(leaves):
+    """A step counter at 0: int32, abstract if the parameters are."""
+    count = jnp.zeros((), jnp.int32)
+    return jax.ShapeDtypeStruct(count.shape, count.dtype) if any(map(is_abstract, leaves)) else count

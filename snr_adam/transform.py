@@ -156,10 +156,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
         rows = [None if p is None else _tree.init_like(rule.init, _tree.as_array(p)) for p in leaves]
-        count = jnp.zeros((), jnp.int32)
-        if any(_tree.is_abstract(p) for p in leaves):
-            count = jax.ShapeDtypeStruct(count.shape, count.dtype)
-        return ScaleBySnrState(count, *_tree.join(outer, rule.memory, rows))
+        return ScaleBySnrState(_tree.new_count(leaves), *_tree.join(outer, rule.memory, rows))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -216,12 +213,11 @@ def scale_by_snr(
       ValueError: for an unknown storage, or when gradients and state do not belong together.
       TypeError: for parameters or gradients that are not floating or complex.
 
-    >>> import jax.numpy as jnp
     >>> tx = scale_by_snr()
     >>> state = tx.init(jnp.zeros(2))
     >>> updates, state = tx.update(jnp.array([3.0, -0.001]), state)
-    >>> print(updates)  # one gradient: all signal, whatever its size
-    [ 1.       -0.99999]
+    >>> print(updates.round(5))  # one gradient is all signal, whatever its size
+    [ 1.      -0.99999]
 
     Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
     """
