@@ -16,6 +16,7 @@ from snr_adam.noise import Infinity as Infinity
 from snr_adam.noise import Maximum as Maximum
 from snr_adam.noise import Previous as Previous
 from snr_adam.noise import Rectified as Rectified
+from snr_adam.noise import Shared as Shared
 from snr_adam.noise import Spread as Spread
 from snr_adam.noise import Unit as Unit
 from snr_adam.noise import Yogi as Yogi
@@ -35,6 +36,11 @@ from snr_adam.optimizers import nadamw as nadamw
 from snr_adam.optimizers import radam as radam
 from snr_adam.optimizers import rmsprop as rmsprop
 from snr_adam.optimizers import yogi as yogi
+from snr_adam.precision import carry_remainder as carry_remainder
+from snr_adam.precision import round_stochastically as round_stochastically
+from snr_adam.precision import whole_weights as whole_weights
+from snr_adam.sharing import share as share
+from snr_adam.sharing import suggest_sharing as suggest_sharing
 from snr_adam.signal import EMA as EMA
 from snr_adam.signal import Gradient as Gradient
 from snr_adam.signal import Mean as Mean
@@ -43,6 +49,7 @@ from snr_adam.signal import Nesterov as Nesterov
 from snr_adam.signal import Sign as Sign
 from snr_adam.storage import Cast as Cast
 from snr_adam.storage import Full as Full
+from snr_adam.storage import Packed as Packed
 from snr_adam.transform import ScaleBySnrState as ScaleBySnrState
 from snr_adam.transform import descend as descend
 from snr_adam.transform import scale_by_snr as scale_by_snr

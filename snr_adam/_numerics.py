@@ -78,6 +78,12 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
+def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
+    """|x|^2 in the shape of v: averaged over the axes along which v has one entry for all of x."""
+    axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
+    return jnp.mean(abs_sq(x), axes, keepdims=True) if axes else abs_sq(x)
+
+
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by for real `by`; a complex x is divided part by part, exactly as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
@@ -90,7 +96,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def random_bits(shape: tuple[int, ...], count: jax.Array, leaf: int, stream: int = 0) -> jax.Array:
+def random_bits(shape: tuple[int, ...], stream: int, count: Any, leaf: int) -> jax.Array:
     """uint32 random bits for an array, a function of the step, the leaf's number and the element's index alone.
 
     There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array. The

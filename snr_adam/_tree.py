@@ -43,12 +43,14 @@ def spread(prefix, outer, whole) -> list:
     return outer.flatten_up_to(full)
 
 
+def name(path) -> str:
+    """A leaf's path as "layer/kernel"; the same whether or not Flax's Variables still box the leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") or "the tree itself"
+
+
 def named_leaves(tree) -> list[tuple[str, Any]]:
     """Path and value of each leaf, None included."""
-    return [
-        (jax.tree_util.keystr(path) or "the tree itself", leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)
-    ]
+    return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
 
 def as_array(x):
@@ -83,22 +85,25 @@ def check_floating(what: str, tree, leaves) -> None:
             )
 
 
-def check_shapes(updates, leaves, rows, params) -> None:
+def check_shapes(updates, leaves, rows, params, shared: bool) -> None:
     """Raises ValueError, naming the leaf, where gradient, moments and parameter differ in shape."""
     for i, (g, row, p) in enumerate(zip(leaves, rows, params, strict=True)):
         if g is None:
             continue
-        for what, others in (
-            ("moments", jax.tree.leaves(row, is_leaf=is_none)),
-            ("parameter", [] if p is None else [p]),
-        ):
-            for x in others:
-                if x is None or jnp.shape(x) != jnp.shape(g):
-                    got = "None" if x is None else f"shape {jnp.shape(x)}"
-                    raise ValueError(
-                        f"gradient {named_leaves(updates)[i][0]} has shape {jnp.shape(g)} but its {what} have {got}: "
-                        "pass the gradients of the parameters that `init` was given, with the state it returned"
-                    )
+        moments = jax.tree.leaves(row, is_leaf=is_none)
+        for what, others in (("moments", moments), ("parameter", [] if p is None else [p])):
+            if not all(_fits(x, jnp.shape(g), shared and what == "moments") for x in others):
+                got = [None if x is None else jnp.shape(x) for x in others]
+                raise ValueError(
+                    f"gradient {named_leaves(updates)[i][0]} has shape {jnp.shape(g)} but its {what} have {got}: "
+                    "pass the gradients of the parameters that `init` was given, with the state it returned"
+                )
+
+
+def _fits(x, shape, shared: bool) -> bool:
+    if x is None or len(jnp.shape(x)) != len(shape):
+        return False
+    return all(a == b or (shared and a == 1) for a, b in zip(jnp.shape(x), shape, strict=True))
 
 
 def new_count(leaves):

@@ -11,6 +11,7 @@
     Deviation   sqrt(v - m^2) around a mean of its own                     centred RMSProp (Graves 2013)
     Spread      sqrt(s + m^2), s the variance around `signal.Mean`         Adam with b1 = b2 (Orvieto & Gower 2025)
     Unit        1                                                          Lion, plain descent
+    Shared      any of the first, with v averaged over axes                SlimAdam (Kalra et al. 2025)
 
 All but Belief and Deviation estimate the *raw* second moment, mean^2 + variance, hence "pseudo" signal-to-noise ratio.
 
@@ -26,12 +27,25 @@ estimate is made from the memory before g, and g / noise is what the signal aver
 divided.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from snr_adam._numerics import Decay, Hyper, Scalar, abs_sq, decay_at, lerp, moment_like, square_like, value_at
+from snr_adam._numerics import (
+    Decay,
+    Hyper,
+    Scalar,
+    abs_sq,
+    decay_at,
+    lerp,
+    moment_like,
+    square_like,
+    square_onto,
+    value_at,
+)
 
 
 class _Numbers(NamedTuple):
@@ -71,7 +85,7 @@ class RMS:
         return _numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
     def update(self, v, g, k, center):
-        return lerp(v, abs_sq(g), k.v.gain)
+        return lerp(v, square_onto(v, g), k.v.gain)
 
     def estimate(self, v, g, k, center):
         return _root(v, k, self.debias)
@@ -152,7 +166,7 @@ class Belief:
         return _numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
     def update(self, v, g, k, center):
-        return lerp(v, abs_sq(g - center), k.v.gain) + k.eps_root
+        return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
 
     def estimate(self, v, g, k, center):
         return jnp.sqrt(v * k.v.debias) + k.eps
@@ -175,7 +189,7 @@ class Yogi:
         return _numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
     def update(self, v, g, k, center):
-        square = abs_sq(g)
+        square = square_onto(v, g)
         return v - k.v.gain * (jnp.sign(v - square) * square)
 
     def estimate(self, v, g, k, center):
@@ -229,7 +243,7 @@ class Rectified:
         return _Rectifier(k, r, on)
 
     def update(self, v, g, k: _Rectifier, center):
-        return lerp(v, abs_sq(g), k.root.v.gain)
+        return lerp(v, square_onto(v, g), k.root.v.gain)
 
     def estimate(self, v, g, k: _Rectifier, center):
         return jnp.where(k.on, _root(v, k.root) / k.r, 1.0)
@@ -265,7 +279,7 @@ class Previous:
         return _Before(gain, value_at(self.eps, t, dtype), clip, first)
 
     def update(self, v, g, k: _Before, center):
-        return lerp(v, abs_sq(g), k.gain)
+        return lerp(v, square_onto(v, g), k.gain)
 
     def estimate(self, v, g, k: _Before, center):
         noise = jnp.maximum(jnp.sqrt(v), k.eps)
@@ -361,4 +375,36 @@ class Unit:
         return 1.0
 
 
-Noise = RMS | Maximum | Infinity | Belief | Yogi | Rectified | Previous | Deviation | Spread | Unit
+@dataclass(frozen=True)
+class Shared:
+    """Another denominator whose v is the mean of g^2 over some axes of each parameter: one noise for many elements.
+
+    Where v varies little along an axis its elements can share one number, which saves nearly all of v's memory
+    (SlimAdam, Kalra et al. 2025; Adam-mini, Zhang et al. 2024). What may be shared is measured, not guessed:
+    `sharing.suggest_sharing` on a running state.
+
+    Args:
+      noise: a denominator that keeps one array per parameter, such as `RMS`.
+      axes: which axes of a parameter share. An int or a tuple of ints for all parameters; or a dict from patterns
+        (regular expressions, searched in the path "layer/kernel", first match wins) to such axes; or a function of
+        (path, shape) to such axes. Parameters without a match share nothing. For stacked layers leave the layers' axis
+        out.
+    """
+
+    noise: Any
+    axes: Any
+
+    def axes_of(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of the parameter at `path` that share."""
+        axes = self.axes
+        if callable(axes):
+            axes = axes(path, shape)
+        elif isinstance(axes, Mapping):
+            axes = next((found for pattern, found in axes.items() if re.search(pattern, path)), ())
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        if any(not -len(shape) <= axis < len(shape) for axis in axes):
+            raise ValueError(f"Shared: axes {axes} for parameter {path!r} of shape {shape}: an axis is out of range")
+        return tuple(sorted({axis % len(shape) for axis in axes}))
+
+
+Noise = RMS | Maximum | Infinity | Belief | Yogi | Rectified | Previous | Deviation | Spread | Unit | Shared

@@ -1,18 +1,19 @@
 """Parameters in 16 bits that lose nothing.
 
-A bfloat16 weight near 1 has a spacing of 2^-7. A step of 1e-3 is less than half of that, and `params + update` rounds it
-away, every time. Two cures, for any optimizer:
+A bfloat16 weight near 1 has a spacing of 2^-7. A step of 1e-3 is less than half of that, and `params + update` rounds
+it away, every time. Two cures, for any optimizer:
 
     carry_remainder(tx)       keeps what the 16 bits could not hold, as 16 or 8 integer bits beside them. The optimizer
                               sees and moves the whole weight; the parameter is that weight, rounded.
-    round_stochastically()    ends a chain; the weight is rounded up or down with the probability that makes the mean right.
+    round_stochastically()    ends a chain; the weight is rounded up or down with the probability that makes the mean
+    right.
 
 Both return the update that lands on the new parameter when `optax.apply_updates` adds it, in float32, because a 16-bit
 update could not.
 
-The whole weight w is a float32. As integers, bits(w) = bits(p) + r: consecutive floats have consecutive bits, so r is how
-many float32 numbers w is away from p, at most half of the 2^16 (bfloat16) or 2^13 (float16) that share p. Sixteen bits
-hold r exactly; eight bits hold it in units of 2^8 (2^5), a mean relative error of the weight of 5.5e-6.
+The whole weight w is a float32. As integers, bits(w) = bits(p) + r: consecutive floats have consecutive bits, so r is
+how many float32 numbers w is away from p, at most half of the 2^16 (bfloat16) or 2^13 (float16) that share p. Sixteen
+bits hold r exactly; eight bits hold it in units of 2^8 (2^5), a mean relative error of the weight of 5.5e-6.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ _STREAM = 3  # of the random bits; the storages use 0 to 2
 
 
 class CarryRemainderState(NamedTuple):
-    """count: int32 scalar; inner: the state of the wrapped optimizer; remainder: int16 or int8, shaped like the parameters."""
+    """count: int32 scalar; inner: the state of the wrapped optimizer; remainder: int16 or int8, shaped like the
+    parameters."""
 
     count: Any
     inner: Any
@@ -54,8 +56,9 @@ def _whole(p, remainder):
 
 
 def _split(whole, old, p, code, dither):
-    """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` is the weight before."""
-    word, dropped, shift = word_of(whole), _DROPPED[p.dtype.name], _shift(p, code)
+    """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` is the weight
+    before."""
+    word, shift = word_of(whole), _shift(p, code)
     if p.dtype == jnp.bfloat16:  # half away from zero: the other half of a tie would need a 65,537th code
         nearest = float_of((word + 0x8000) & jnp.uint32(0xFFFF0000))
     else:
@@ -127,7 +130,7 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
         us = outer.flatten_up_to(us)
         for i, (p, u, old) in enumerate(zip(ps, us, olds, strict=True)):
             if u is not None and _is_narrow(p):
-                dither = lambda i=i, p=p: random_bits(p.shape, count, i, _STREAM)  # noqa: E731
+                dither = lambda i=i, p=p: random_bits(p.shape, _STREAM, count, i)  # noqa: E731
                 us[i], rest[i] = _split(old + u, old, p, rest[i].dtype, dither)
         return outer.unflatten(us), CarryRemainderState(count, inner, outer.unflatten(rest))
 
@@ -154,8 +157,8 @@ class RoundStochasticallyState(NamedTuple):
 def round_stochastically() -> optax.GradientTransformationExtraArgs:
     """Makes params + update land, for bfloat16 and float16 parameters, on one of the two neighbours of the exact sum.
 
-    The upper one with the probability that makes the mean exact, so small steps are taken rarely instead of never. Ends a
-    chain; `update` needs `params`. Parameters of other dtypes pass through.
+    The upper one with the probability that makes the mean exact, so small steps are taken rarely instead of never.
+    Ends a chain; `update` needs `params`. Parameters of other dtypes pass through.
 
     >>> tx = optax.chain(optax.adam(1e-3), round_stochastically())
     """
@@ -173,7 +176,7 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)
-                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, count, i, _STREAM))
+                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, count, i))
                 us[i] = _widen(target) - old
         return outer.unflatten(us), RoundStochasticallyState(count)
 

@@ -4,7 +4,7 @@ A step decodes the moments, updates them in float32, and encodes them again. A s
 between. It sees all that one parameter keeps, (mu, nu), never changes an array's shape, and decides nothing from the
 size of a shard:
 
-    encode(mu, nu, dither) -> (mu, nu)      the form at rest; `dither(stream)` gives uint32 random bits for each element
+    encode(mu, nu, dither) -> (mu, nu)      the form at rest; dither(shape, stream) gives random uint32 words
     decode(mu, nu, dtype) -> (mu, nu)       back to `dtype`: float32, or float64 for float64 parameters
 
     Full      as they are computed: the state of `optax.adam`                8 bytes per parameter
@@ -12,9 +12,9 @@ size of a shard:
     Packed    both in one 32-bit word                                        4, and one array to read and write
 
 Narrow formats are rounded *stochastically*: up with the probability that makes the mean right. A step changes v by a
-thousandth of its distance to g^2 (b2 = .999); rounding to the nearest of bfloat16's 8 bits drops every such change and v
-stands still at a wrong value, for ever. Rounded stochastically it arrives, with an error that averages out: the stored v
-then has a relative variance of about half a step of the format, whatever b2.
+thousandth of its distance to g^2 (b2 = .999); rounding to the nearest of bfloat16's 8 bits drops every such change and
+v stands still at a wrong value, for ever. Rounded stochastically it arrives, with an error that averages out: the
+stored v then has a relative variance of about half a step of the format, whatever b2.
 
 Bits are moved with integer operations on whole 32-bit words. Every backend has those, and none may "simplify" them away
 as some do with a conversion to a narrow float and back.
@@ -62,19 +62,20 @@ class Cast:
                 object.__setattr__(self, name, jnp.dtype(dtype).name)  # a name: comparable, hashable, and not callable
 
     def encode(self, mu, nu, dither):
-        return _cast(mu, self.mu, lambda i: dither(i)), _cast(nu, self.nu, lambda i: dither(i) >> 16)
+        return _cast(mu, self.mu, dither), _cast(nu, self.nu, lambda *which: dither(*which) >> 16)
 
     def decode(self, mu, nu, dtype):
         return _cast(mu, self.mu and dtype), _cast(nu, self.nu and dtype)
 
 
 def _cast(tree, dtype, dither=None):
-    """Each real array of `tree` in `dtype` (None: as it is); the i-th rounded with the low 16 bits of `dither(i)`."""
+    """Each real array of `tree` in `dtype` (None: as it is); the i-th rounded with the low 16 bits of `dither(shape,
+    i)`."""
     leaves, structure = jax.tree.flatten(tree)
     if dtype is None:
         return tree
     return structure.unflatten(
-        [x if jnp.iscomplexobj(x) else round_to(dtype, x, dither and dither(i)) for i, x in enumerate(leaves)]
+        [x if jnp.iscomplexobj(x) else round_to(dtype, x, dither and dither(x.shape, i)) for i, x in enumerate(leaves)]
     )
 
 
@@ -96,7 +97,7 @@ class Packed:
     def encode(self, mu, nu, dither):
         _require_one_of_each(mu, nu)
         m, v = word_of(mu), word_of(nu)
-        bits = dither(0)
+        bits = dither(mu.shape, 0)
         m = (m + (bits & 0xFFFF)) & _HIGH
         v = (v + (bits >> 17)) >> 15
         return m | v, ()

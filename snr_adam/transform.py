@@ -24,7 +24,7 @@ import optax
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._numerics import Hyper, abs_sq, compute_dtype, divide, random_bits, value_at
-from snr_adam.noise import RMS, Noise
+from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
 
@@ -56,18 +56,39 @@ class _Step(NamedTuple):
     noise: Any
 
 
+class SharedNoise(NamedTuple):
+    """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `sharing.share`).
+
+    v: one array per parameter, in the order of the tree's leaves, with size 1 along the axes that share. Not a tree
+    like
+      the parameters, because Flax and others give every array in such a tree the sharding of its parameter.
+    """
+
+    v: tuple
+
+
 class _Rule:
     """The step of one array, for a fixed choice of signal, noise and storage."""
 
     def __init__(self, signal: Signal, noise: Noise, storage: str | Storage):
-        self.signal, self.noise, self.storage = signal, noise, storages.resolve(storage)
+        self.axes_of = noise.axes_of if isinstance(noise, Shared) else None
+        self.noise = noise.noise if isinstance(noise, Shared) else noise
+        self.signal, self.storage = signal, storages.resolve(storage)
         self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
+        if self.axes_of and self.memory != jax.tree.structure(_Stored(0, 0)):
+            raise ValueError(
+                f"Shared({self.noise!r}) with storage={storage!r}: sharing needs a noise that keeps one array per "
+                "parameter, such as RMS, and a storage that keeps it apart from the signal: 'float32' or 'bfloat16'"
+            )
 
-    def init(self, p) -> _Stored:
-        def dither(stream):
-            return jnp.zeros(jnp.shape(p), jnp.uint32)
+    def init(self, p, shared: tuple[int, ...] = ()) -> _Stored:
+        def dither(shape, stream):
+            return jnp.zeros(shape, jnp.uint32)
 
-        return _Stored(*self.storage.encode(self.signal.init(p), self.noise.init(p), dither))
+        nu: Any = self.noise.init(p)
+        if shared:
+            nu = jnp.mean(nu, shared, keepdims=True)
+        return _Stored(*self.storage.encode(self.signal.init(p), nu, dither))
 
     def at(self, t, dtype) -> _Step:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype))
@@ -149,23 +170,36 @@ def _in(dtype, x):
     return x.astype(dtype) if isinstance(x, jax.Array) else x
 
 
+def _flat(outer, nu) -> SharedNoise:
+    return SharedNoise(tuple(outer.flatten_up_to(nu)))
+
+
 def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraArgs:
     """The step of one array as a pure (init, update) pair over trees."""
 
     def init(params):
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
-        rows = [None if p is None else _tree.init_like(rule.init, _tree.as_array(p)) for p in leaves]
-        return ScaleBySnrState(_tree.new_count(leaves), *_tree.join(outer, rule.memory, rows))
+        shared = [()] * len(leaves)
+        if rule.axes_of:
+            shared = [rule.axes_of(path, jnp.shape(p)) for path, p in _tree.named_leaves(params)]
+        rows = [
+            None if p is None else _tree.init_like(functools.partial(rule.init, shared=axes), _tree.as_array(p))
+            for p, axes in zip(leaves, shared, strict=True)
+        ]
+        mu, nu = _tree.join(outer, rule.memory, rows)
+        return ScaleBySnrState(_tree.new_count(leaves), mu, _flat(outer, nu) if rule.axes_of else nu)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         t = optax.safe_increment(state.count)
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
-        rows = _tree.split(outer, rule.memory, _Stored(state.mu, state.nu))
+        shared = isinstance(state.nu, SharedNoise)
+        nu = outer.unflatten(state.nu.v) if shared else state.nu
+        rows = _tree.split(outer, rule.memory, _Stored(state.mu, nu))
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
-        _tree.check_shapes(updates, leaves, rows, ps)
+        _tree.check_shapes(updates, leaves, rows, ps, shared)
         if params is None and descent.needs_params:
             raise ValueError(
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
@@ -179,7 +213,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
             g = _tree.as_array(g)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(g) else dtype
-            dither = functools.partial(random_bits, g.shape, t, number)
+            dither = functools.partial(random_bits, count=t, leaf=number)
             signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
             p = None if p is None else _tree.as_array(p).astype(wide)
             u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay))
@@ -187,7 +221,8 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
 
         new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]
         out = outer.unflatten([u for u, _ in new])
-        return out, ScaleBySnrState(t, *_tree.join(outer, rule.memory, [stored for _, stored in new]))
+        mu, nu = _tree.join(outer, rule.memory, [stored for _, stored in new])
+        return out, ScaleBySnrState(t, mu, _flat(outer, nu) if shared else nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
