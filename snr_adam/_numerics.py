@@ -30,10 +30,15 @@ def compute_dtype(*arrays) -> Any:
     return jnp.dtype("float64" if any(jnp.finfo(x.dtype).bits == 64 for x in arrays) else "float32")
 
 
+def complex_like(dtype) -> Any:
+    """The complex dtype with parts of this real one. Not `jnp.result_type`, which strict promotion forbids to mix."""
+    return np.result_type(dtype, np.complex64)
+
+
 def moment_like(p, initial: Scalar = 0.0) -> jax.Array:
     """A new array shaped and sharded like `p`, in the dtype p is computed in, complex if p is."""
     dtype = compute_dtype(p)
-    return jnp.full_like(p, initial, dtype=jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(p) else dtype)
+    return jnp.full_like(p, initial, dtype=complex_like(dtype) if jnp.iscomplexobj(p) else dtype)
 
 
 def square_like(p, initial: Scalar = 0.0) -> jax.Array:
@@ -68,9 +73,23 @@ def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     return Decay(gain, -1.0 / jnp.expm1(t.astype(dtype) * log_b), log_b)
 
 
+def times(x: jax.Array, by: Scalar) -> jax.Array:
+    """x by for real `by`, as a pair of reals would be; a complex product would add the other part times 0."""
+    return jax.lax.complex(x.real * by, x.imag * by) if jnp.iscomplexobj(x) else x * by
+
+
+def unseen_zero(t: jax.Array, dtype) -> jax.Array:
+    """-0 at every step t >= 1, which no compiler can know: to be added to an update that may end in a product.
+
+    x + -0 is x, bit for bit. But p + alpha * m is rounded once or twice, as the compiler likes, p + (alpha * m + -0)
+    always twice: what it can still fuse, the product and the zero, rounds as the product does.
+    """
+    return jnp.where(t > 0, -0.0, 1.0).astype(dtype)
+
+
 def lerp(old: jax.Array, new: jax.Array, gain: Scalar) -> jax.Array:
     """old + gain (new - old)."""
-    return old + gain * (new - old)
+    return old + times(new - old, gain)
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
@@ -85,31 +104,38 @@ def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
-    """x / by for real `by`; a complex x is divided part by part, exactly as a pair of reals would be."""
+    """x / by for real `by`, as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x):
     """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
-def random_bits(shape: tuple[int, ...], stream: int, count: Any, leaf: int) -> jax.Array:
+def step_seed(count) -> tuple[jax.Array, jax.Array]:
+    """Two uint32 words that are unrelated from step to step; computed once for all arrays."""
+    seed = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    return seed, _mix(seed)
+
+
+def random_bits(shape: tuple[int, ...], stream: int, seed: tuple[jax.Array, jax.Array], leaf: int) -> jax.Array:
     """uint32 random bits for an array, a function of the step, the leaf's number and the element's index alone.
 
-    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array. The
-    step enters twice, before and between two rounds of `_mix`, so that no two steps use shifted copies of one sequence.
-    Indices are taken modulo 2^32.
+    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
+    Step and leaf enter twice, before and between rounds of mixing, so that no two of them use shifted copies of one
+    sequence. Indices are taken modulo 2^32.
     """
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(shape):
-        index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    seed = _mix(count.astype(jnp.uint32) ^ _mix(jnp.uint32(4 * leaf + stream)))
-    x = (index ^ seed) * jnp.uint32(0x9E3779B1)
-    x = (x ^ (x >> 15) ^ _mix(seed)) * jnp.uint32(0x85EBCA77)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE3D)
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    with np.errstate(over="ignore"):
+        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32((8 * leaf + 2 * stream + 0x85EBCA6B) % 2**32))
+    x = (index ^ before ^ seed[0]) * np.uint32(0x9E3779B1)
+    x = (x ^ (x >> 15) ^ between ^ seed[1]) * np.uint32(0x85EBCA77)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE3D)
     return x ^ (x >> 16)
 
 
@@ -135,4 +161,4 @@ def round_to(dtype, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
         return x.astype(dtype)
     mask = (1 << dropped) - 1
     up = word_of(x) + ((bits & 0xFFFF) >> (16 - dropped))
-    return float_of(up & jnp.uint32(0xFFFFFFFF ^ mask)).astype(dtype)
+    return float_of(up & np.uint32(0xFFFFFFFF ^ mask)).astype(dtype)

@@ -9,7 +9,13 @@ stays None.
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+
+
+def exportable(cls):
+    """Lets `jax.export` write programs whose state holds this NamedTuple."""
+    return jax.export.register_namedtuple_serialization(cls, serialized_name=f"snr_adam.{cls.__name__}")
 
 
 def is_none(x) -> bool:

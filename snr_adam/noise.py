@@ -46,6 +46,7 @@ from snr_adam._numerics import (
     square_onto,
     value_at,
 )
+from snr_adam._tree import exportable
 
 
 class _Numbers(NamedTuple):
@@ -91,6 +92,7 @@ class RMS:
         return _root(v, k, self.debias)
 
 
+@exportable
 class AverageAndMaximum(NamedTuple):
     """The moving average of a `Maximum` and the largest value its correction has had."""
 
@@ -198,7 +200,7 @@ class Yogi:
 
 class _Rectifier(NamedTuple):
     root: _Numbers
-    r: Scalar
+    inverse_r: Scalar
     on: Any
 
 
@@ -239,20 +241,20 @@ class Rectified:
         rho = _rho(k.v, n)
         on = rho >= value_at(self.threshold, t, dtype)
         rho = jnp.where(on, rho, last)  # no root of a negative number where r is not used
-        r = jnp.sqrt((rho - 4.0) * (rho - 2.0) * last / ((last - 4.0) * (last - 2.0) * rho))
-        return _Rectifier(k, r, on)
+        inverse_r = jnp.sqrt((last - 4.0) * (last - 2.0) * rho / ((rho - 4.0) * (rho - 2.0) * last))
+        return _Rectifier(k, inverse_r, on)
 
     def update(self, v, g, k: _Rectifier, center):
         return lerp(v, square_onto(v, g), k.root.v.gain)
 
     def estimate(self, v, g, k: _Rectifier, center):
-        return jnp.where(k.on, _root(v, k.root) / k.r, 1.0)
+        return jnp.where(k.on, _root(v, k.root) * k.inverse_r, 1.0)
 
 
 class _Before(NamedTuple):
     gain: Scalar
     eps: Scalar
-    clip: Scalar | None
+    inverse_clip: Scalar | None
     first: Any
 
 
@@ -275,19 +277,23 @@ class Previous:
     def at(self, t, dtype):
         first = t == 1
         gain = jnp.where(first, 1.0, decay_at(self.b2, t, dtype).gain).astype(dtype)
-        clip = None if self.clip is None else value_at(self.clip, t, dtype)
-        return _Before(gain, value_at(self.eps, t, dtype), clip, first)
+        clip = self.clip((t - 1).astype(dtype)) if callable(self.clip) else self.clip
+        # not 0 at first, which makes 0 / 0 where g is 0; inverted here, because a division by a scalar is compiled as a
+        # product with its inverse, but not for leaves of one element
+        inverse_clip = None if clip is None else 1.0 / jnp.where(first, 1.0, clip)
+        return _Before(gain, value_at(self.eps, t, dtype), inverse_clip, first)
 
     def update(self, v, g, k: _Before, center):
         return lerp(v, square_onto(v, g), k.gain)
 
     def estimate(self, v, g, k: _Before, center):
         noise = jnp.maximum(jnp.sqrt(v), k.eps)
-        if k.clip is not None:
-            noise = jnp.maximum(noise, abs(g) / k.clip)
+        if k.inverse_clip is not None:
+            noise = jnp.maximum(noise, abs(g) * k.inverse_clip)
         return jnp.where(k.first, jnp.inf, noise)
 
 
+@exportable
 class MeanAndVariance(NamedTuple):
     """The running mean and the running variance around it of a `Deviation`."""
 

@@ -11,7 +11,9 @@ Bias corrections are computed as expm1(t log b) where Optax computes 1 - b**t, s
 by Optax's own rounding, about 1e-5 at b2 = .999. Where a definition differs from Optax's, the docstring says so.
 """
 
+import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -48,18 +50,35 @@ class _Signature(inspect.Signature):
 def _strong(name: str, x):
     if name == "mu_dtype" and x is not None:
         return jnp.dtype(x).name  # a dtype class is callable, and would be taken for a schedule
-    if callable(x) and name != "mask":
+    if callable(x) and name == "mask":
+        return _Held(x)
+    if callable(x):
         return lambda count: _strong(name, x(count))
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return jnp.asarray(x, jnp.result_type(float))
     return x
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A mask that is a function, in a form that is not taken for a schedule."""
+
+    mask: Any
+
+
 def _preset(make):
     """Gives an optimizer its signature for `inject_hyperparams`."""
     signature = inspect.signature(make)
-    make.__signature__ = _Signature(list(signature.parameters.values()), return_annotation=signature.return_annotation)
-    return make
+
+    @functools.wraps(make)
+    def preset(*args, **kwargs):
+        if isinstance(kwargs.get("mask"), _Held):
+            kwargs["mask"] = kwargs["mask"].mask
+        return make(*args, **kwargs)
+
+    parameters = list(signature.parameters.values())
+    vars(preset)["__signature__"] = _Signature(parameters, return_annotation=signature.return_annotation)
+    return preset
 
 
 def _stored(storage: str | Storage, mu_dtype) -> str | Storage:
@@ -108,7 +127,8 @@ def adam(
       b2: decay of the noise, in [0, 1).
       eps: added to the noise, in units of the gradient.
       eps_root: added under the root, in units of the squared gradient.
-      mu_dtype: dtype in which the signal rests; float32 if None.
+      mu_dtype: dtype in which the signal rests; float32 if None. Unlike Optax's, bfloat16 is rounded stochastically
+        and the step reads the signal as it rests.
       nesterov: uses `signal.Nesterov`, which makes it NAdam.
       storage: how both moments rest between steps: "float32", or an object such as `Cast(mu="bfloat16")`.
 

@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import float_of, random_bits, round_to, word_of
+from snr_adam._numerics import float_of, random_bits, round_to, step_seed, word_of
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
 _CODE = {"16": jnp.int16, "8": jnp.int8}
 _STREAM = 3  # of the random bits; the storages use 0 to 2
 
 
+@_tree.exportable
 class CarryRemainderState(NamedTuple):
     """count: int32 scalar; inner: the state of the wrapped optimizer; remainder: int16 or int8, shaped like the
     parameters."""
@@ -130,7 +131,7 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
         us = outer.flatten_up_to(us)
         for i, (p, u, old) in enumerate(zip(ps, us, olds, strict=True)):
             if u is not None and _is_narrow(p):
-                dither = lambda i=i, p=p: random_bits(p.shape, _STREAM, count, i)  # noqa: E731
+                dither = lambda i=i, p=p: random_bits(p.shape, _STREAM, step_seed(count), i)  # noqa: E731
                 us[i], rest[i] = _split(old + u, old, p, rest[i].dtype, dither)
         return outer.unflatten(us), CarryRemainderState(count, inner, outer.unflatten(rest))
 
@@ -148,6 +149,7 @@ def whole_weights(params, state: CarryRemainderState):
     return outer.unflatten([_whole(p, r) for p, r in zip(leaves, rest, strict=True)])
 
 
+@_tree.exportable
 class RoundStochasticallyState(NamedTuple):
     """count: int32 scalar, the number of steps taken; the random bits are a function of it."""
 
@@ -176,7 +178,7 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)
-                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, count, i))
+                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, step_seed(count), i))
                 us[i] = _widen(target) - old
         return outer.unflatten(us), RoundStochasticallyState(count)
 

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, value_at
+from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
+from snr_adam._tree import exportable
 
 
 def _ema_floor(b, t):
@@ -73,7 +74,7 @@ class EMA:
         return lerp(m, g, k.gain)
 
     def estimate(self, old, m, g, k: Decay):
-        return m * k.debias if self.debias else m
+        return times(m, k.debias) if self.debias else m
 
     def floor(self, t):
         b1 = value_at(self.b1, t)
@@ -123,7 +124,8 @@ class Nesterov:
         return moment_like(p)
 
     def at(self, t, dtype):
-        k, after = decay_at(self.b1, t, dtype), decay_at(self.b1, t + 1, dtype).debias
+        k = decay_at(self.b1, t, dtype)
+        after = -1.0 / jnp.expm1((t.astype(dtype) + 1.0) * k.log)
         # b1 k' m + (1-b1) k g = (b1 m + (1-b1) (k/k') g) k': one product per addition, see _numerics
         return _Lookahead(k.gain, after, k.gain * k.debias / after) if self.debias else _Lookahead(k.gain, 1.0, k.gain)
 
@@ -131,7 +133,7 @@ class Nesterov:
         return lerp(m, g, k.gain)
 
     def estimate(self, old, m, g, k: _Lookahead):
-        return ((m - k.gain * m) + k.ahead * g) * k.scale
+        return times((m - times(m, k.gain)) + times(g, k.ahead), k.scale)
 
     def floor(self, t):
         b = value_at(self.b1, t)
@@ -141,6 +143,7 @@ class Nesterov:
         return (ahead * c + now) ** 2 + older
 
 
+@exportable
 class FastAndSlow(NamedTuple):
     """The two moving averages of a `Mixture`."""
 
@@ -173,7 +176,7 @@ class Mixture:
         return FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
 
     def estimate(self, old, m, g, k: _Mix):
-        return (m.m1 + k.alpha * m.m2) * k.fast.debias
+        return times(m.m1 + times(m.m2, k.alpha), k.fast.debias)
 
     def floor(self, t):
         b1, b3 = value_at(self.b1, t), value_at(self.b3, t)

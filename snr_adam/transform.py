@@ -10,7 +10,8 @@ For every parameter a step does the same five things:
 
 Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
 update comes back in the gradient's dtype. The learning rate multiplies the signal before the division: an update that
-ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`.
+ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`. Some
+noises make a product of it all the same (x / 1, x / sqrt(y)); so a zero is added, see `_numerics.unseen_zero`.
 """
 
 import functools
@@ -23,12 +24,24 @@ import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
-from snr_adam._numerics import Hyper, abs_sq, compute_dtype, divide, random_bits, value_at
+from snr_adam._numerics import (
+    Hyper,
+    abs_sq,
+    complex_like,
+    compute_dtype,
+    divide,
+    random_bits,
+    step_seed,
+    times,
+    unseen_zero,
+    value_at,
+)
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
 
 
+@_tree.exportable
 class ScaleBySnrState(NamedTuple):
     """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`.
 
@@ -54,8 +67,10 @@ class _Step(NamedTuple):
 
     signal: Any
     noise: Any
+    zero: Any
 
 
+@_tree.exportable
 class SharedNoise(NamedTuple):
     """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `sharing.share`).
 
@@ -91,7 +106,7 @@ class _Rule:
         return _Stored(*self.storage.encode(self.signal.init(p), nu, dither))
 
     def at(self, t, dtype) -> _Step:
-        return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype))
+        return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
 
     def estimate(self, g, stored: _Stored, step: _Step, dtype, dither):
         """Signal and noise of one array, and its memory at rest."""
@@ -149,15 +164,15 @@ class _Descent(NamedTuple):
         masks = _tree.spread(mask, outer, updates)
         return alphas, [_select(on, decay) for on in masks]
 
-    def step(self, signal, noise, p, alpha, decay):
+    def step(self, signal, noise, p, alpha, decay, zero):
         if alpha is None:
             return divide(signal, noise)
         decays = not (isinstance(decay, float) and decay == 0)
         if self.trust_ratio:
-            u = divide(signal, noise) + decay * p if decays else divide(signal, noise)
-            return (-alpha * _trust_ratio(p, u)) * u
-        u = divide(-alpha * signal, noise)
-        return u - (alpha * decay) * p if decays else u
+            u = divide(signal, noise) + times(p, decay) if decays else divide(signal, noise)
+            return times(u, -alpha * _trust_ratio(p, u)) + zero
+        u = divide(times(signal, -alpha), noise) + zero
+        return u - times(p, alpha * decay) if decays else u
 
 
 def _select(on, decay):
@@ -205,6 +220,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
             )
         alphas, decays = descent.per_leaf(t, outer, updates, params)
+        seed = step_seed(t)
         numbers = functools.cache(lambda dtype: rule.at(t, dtype))
 
         def leaf(number, g, stored, p, alpha, decay):
@@ -212,11 +228,12 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
                 return None, stored
             g = _tree.as_array(g)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
-            wide = jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(g) else dtype
-            dither = functools.partial(random_bits, count=t, leaf=number)
+            wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
+            dither = functools.partial(random_bits, seed=seed, leaf=number)
             signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
             p = None if p is None else _tree.as_array(p).astype(wide)
-            u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay))
+            zero = numbers(dtype).zero.astype(wide)
+            u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay), zero)
             return u.astype(g.dtype), stored
 
         new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]

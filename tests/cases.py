@@ -76,3 +76,23 @@ def gradients(steps: int, seed: int = 1, dtype=None):
     for t in range(steps):
         size = float(np.exp(rng.normal()))
         yield jax.tree.map(lambda x, size=size: x * size + 0.1, tree(1000 * seed + t, dtype))
+
+
+def stacked(steps: int, seed: int = 1, dtype=None):
+    """`gradients` as one tree whose leaves have a leading axis of length `steps`, for `run`."""
+    return jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *gradients(steps, seed, dtype))
+
+
+def run(tx, params, grads, compiler_options=None):
+    """Every update, the last parameters and the last state of one jitted scan over stacked gradients."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    def scan(params, grads):
+        return jax.lax.scan(step, (params, tx.init(params)), grads)
+
+    (params, state), updates = jax.jit(scan, compiler_options=compiler_options)(params, grads)
+    return updates, params, state
