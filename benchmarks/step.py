@@ -1,16 +1,16 @@
 """How long one optimizer step takes: update and apply, parameters and state donated, everything jitted.
 
-Every contender runs in a process of its own and waits there; the parent lets them run one after the other, round by round,
-so that all see the same machine in the same minute. A number counts only against the others of its run: the tables give the
-median over rounds of the ratio to `optax.adamw` of the same dtype.
+Every contender runs in a process of its own and waits there; the parent lets them run one after the other, round by
+round, so that all see the same machine in the same minute. A number counts only against the others of its run: the
+tables give the median over rounds of the ratio to `optax.adamw` of the same dtype.
 
     python benchmarks/step.py                          16.8M parameters in one leaf, float32 and bfloat16
     python benchmarks/step.py --sizes 1e4 1e6 2.5e8    other sizes
     python benchmarks/step.py --trees resnet50 gpt2 llama
 
-Bytes per parameter are XLA's own count of the compiled step (`cost_analysis`), state bytes those of the live arrays. `copy` is
-the floor: a program that only reads and writes as many bytes as packed storage must (24 per float32 parameter).
-Rows that cannot be measured (torch is not installed, not enough memory) say so.
+Bytes per parameter are XLA's own count of the compiled step (`cost_analysis`), state bytes those of the live arrays.
+`copy` is the floor: a program that only reads and writes as many bytes as packed storage must (24 per float32
+parameter). Rows that cannot be measured (torch is not installed, not enough memory) say so.
 """
 
 import argparse
@@ -222,10 +222,8 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        cells = [
-            f"{row[key]:{form}}" if key in row else "-"
-            for key, form in (("ms", ".3g"), ("ratio", ".2f"), ("bytes_moved", ".1f"), ("bytes_state", ".1f"), ("bytes_temporary", ".1f"))
-        ]
+        forms = {"ms": ".3g", "ratio": ".2f", "bytes_moved": ".1f", "bytes_state": ".1f", "bytes_temporary": ".1f"}
+        cells = [f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items()]
         if "error" in row:
             cells[0] = row["error"]
         lines.append(f"| {row['tree']} | {row['dtype']} | {row['contender']} | " + " | ".join(cells) + " |")
@@ -236,7 +234,8 @@ def machine() -> dict:
     """Where and with what a result was measured."""
     from importlib.metadata import version
 
-    names = {line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = {line.split(":")[1].strip() for line in lines if "model name" in line}
     return {
         "date": datetime.date.today().isoformat(),
         "processor": ", ".join(sorted(names)) or platform.processor(),

@@ -1,10 +1,12 @@
-"""How far the update strays from float32 moments when they rest in fewer bits, and what becomes of v when gradients shrink.
+"""How far the update strays from float32 moments when they rest in fewer bits, and what becomes of v when gradients
+shrink.
 
     python benchmarks/storage.py        prints a Markdown table, writes benchmarks/results/storage.json
 
-Gradients are independent normal numbers, 16,384 elements. The error is the root mean square of (update - float32 update) over that
-of the float32 update, once the averages have settled. "v after" is the mean over elements of v / float32 v, 6,000 steps after the
-gradients have shrunk tenfold at b2 = .999; 1 is right. `nearest` is what casting moments to bfloat16 by hand does.
+Gradients are independent normal numbers, 16,384 elements. The error is the root mean square of (update - float32
+update) over that of the float32 update, once the averages have settled. "v after" is the mean over elements of v /
+float32 v, 6,000 steps after the gradients have shrunk tenfold at b2 = .999; 1 is right. `nearest` is what casting
+moments to bfloat16 by hand does.
 """
 
 import argparse
@@ -55,7 +57,8 @@ def runs(b2: float, steps: int, shrink_at: int | None = None):
 
 def second_moment(name: str, state):
     """v of a state as float32."""
-    storage = snr_adam.Packed() if name == "packed" else Nearest() if "nearest" in name else snr_adam.Cast("float32", "float32")
+    plain = Nearest() if "nearest" in name else snr_adam.Cast("float32", "float32")
+    storage = snr_adam.Packed() if name == "packed" else plain
     return storage.decode(state.mu, state.nu, jnp.float32)[1]
 
 

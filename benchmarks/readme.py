@@ -1,0 +1,103 @@
+"""Writes the README's tables from the JSON in benchmarks/results, so that no number is typed by hand.
+
+python benchmarks/readme.py            rewrites README.md
+python benchmarks/readme.py --check    fails if README.md is not what the results say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# contender in step.json -> (what to write, its row in storage.json, when to use it)
+ROWS = {
+    "optax.adamw": ("`optax.adamw`", None, ""),
+    "snr_adam.adamw float32": ("`adamw(...)`", "float32", "to compare, to continue old runs"),
+    "snr_adam.adamw bfloat16": ('`storage="bfloat16"`', "bfloat16", "optimizers that `packed` cannot hold"),
+    "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory, and faster"),
+    "snr_adam.adamw packed + remainder 8": (
+        '`carry_remainder(..., "8")`, packed',
+        "packed",
+        "bfloat16 parameters that train as float32 ones",
+    ),
+    "torch.AdamW fused": ("`torch.optim.AdamW(fused=True)`", None, ""),
+    "copy": ("bare copy of packed's bytes", None, "the floor"),
+}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def storage_table() -> str:
+    """At rest, moved, error, time: one row per storage, float32 and bfloat16 parameters."""
+    step, error = load("step"), {row["storage"]: row for row in load("storage")["rows"]}
+    found = {(row["contender"], row["dtype"]): row for row in step["rows"] if row["tree"] == "16777216"}
+    base = {dtype: found["optax.adam", dtype]["ms"] for dtype in ("float32", "bfloat16")}
+    lines = [
+        "| AdamW | state bytes / param. | moved / step | update error | time, float32 | bfloat16 | use it for |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for contender, (label, storage, use) in ROWS.items():
+        wide, narrow = found[contender, "float32"], found[contender, "bfloat16"]
+        main = narrow if "remainder" in contender else wide
+        cells = [f"{main[key]:.0f}" if key in main else "-" for key in ("bytes_state", "bytes_moved")]
+        cells.append(f"{error[storage]['error_0.999']:.1%}" if storage else "-")
+        for row in (wide, narrow):
+            time = f"{row['ms'] / base[row['dtype']]:.2f}" if "ms" in row else "not measured"
+            cells.append("-" if "remainder" in contender and row is wide else time)
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {use} |")
+    machine = step["machine"]
+    lines += [
+        "",
+        "16.8M parameters in one leaf, parameters and gradients of the dtype named; time relative to `optax.adam` in "
+        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update at b2 = "
+        ".999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
+        "`benchmarks/readme.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def quality_table() -> str:
+    """Validation losses of the character model."""
+    results = load("char_lm")
+    base = [run["validation"] for run in results["runs"]["optax"]]
+    lines = ["| AdamW | bytes / param. | validation loss | difference to `optax.adamw` |", "|---|--:|--:|--:|"]
+    for name, runs in results["runs"].items():
+        losses = [run["validation"] for run in runs]
+        difference = sum(a - b for a, b in zip(losses, base, strict=True)) / len(base)
+        kept = sum(run["bytes_per_parameter"] for run in runs) / len(runs)
+        lines.append(f"| {name} | {kept:.1f} | {sum(losses) / len(losses):.4f} | {difference:+.4f} |")
+    lines += [
+        "",
+        f"A small transformer on Python source, {results['steps']:,} updates, mean of {len(base)} seeds, nats per byte; "
+        "bytes are those of weights and optimizer together. Made by `examples/char_lm.py --table`, which says what the names "
+        "mean.",
+    ]
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with every table between its marks made anew."""
+    for mark, table in (("storage", storage_table()), ("quality", quality_table())):
+        pattern = rf"<!-- {mark} -->.*?<!-- /{mark} -->"
+        text, n = re.subn(
+            pattern, lambda _, t=table, m=mark: f"<!-- {m} -->\n{t}\n<!-- /{m} -->", text, flags=re.DOTALL
+        )
+        if n != 1:
+            raise ValueError(f"README.md has {n} places marked {mark}, expected 1")
+    return text
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md is not what benchmarks/results say: run benchmarks/readme.py" * (render(text) != text))
+    readme.write_text(render(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What the README says is true: its code runs, its numbers are those of the results."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_code_trains(code):
+    names: dict = {}
+    exec(code, names)
+    x, y = jax.random.normal(jax.random.key(0), (32, 64)), jnp.ones((32, 10))
+    losses = []
+    for _ in range(20):
+        if "optimizer" in names:
+            losses.append(names["step"](names["model"], names["optimizer"], x, y))
+        else:
+            names["model"], names["state"], loss = names["step"](names["model"], names["state"], x, y)
+            losses.append(loss)
+    assert losses[-1] < 0.99 * losses[0]
+
+
+def test_the_numbers_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    assert readme.render(README) == README, "run benchmarks/readme.py"
