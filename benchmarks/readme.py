@@ -53,8 +53,8 @@ def storage_table() -> str:
     lines += [
         "",
         "16.8M parameters in one leaf, parameters and gradients of the dtype named; time relative to `optax.adam` in "
-        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update at b2 = "
-        ".999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
+        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update at "
+        "b2 = .999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
         "`benchmarks/readme.py`.",
     ]
     return "\n".join(lines)

@@ -172,6 +172,7 @@ def work(name: str, tree: str, dtype: str) -> None:
         return
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
+        run(1)  # wakes threads and memory up after the wait
         start = time.perf_counter()
         run(int(line))
         print(time.perf_counter() - start, flush=True)
@@ -197,7 +198,7 @@ def measure(tree: str, dtype: str, rounds: int, contenders) -> list[dict]:
         if "error" not in facts:
             workers[name] = worker
     times: dict[str, list[float]] = {name: [] for name in workers}
-    steps = max(1, min(2000, int(1.5e7 / count)))
+    steps = max(4, min(2000, int(1e8 / count)))
     for done in range(rounds):
         for name, worker in workers.items():
             print(f"{steps}", file=worker.stdin, flush=True)

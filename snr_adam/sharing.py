@@ -15,6 +15,7 @@ of the error fails exactly where it matters.
     tx = ...Shared(RMS(0.999), suggestion.axes)                     # a new run that starts with it
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class Suggestion(NamedTuple):
         return "\n".join(lines)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def snr_over(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """SNR_K of a second moment over `axes`: 1 / E[Var_K v / (E_K v)^2], ignoring slices that are all zero."""
     v = v.astype(jnp.float32)
