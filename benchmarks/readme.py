@@ -53,8 +53,8 @@ def storage_table() -> str:
     lines += [
         "",
         "16.8M parameters in one leaf, parameters and gradients of the dtype named; time relative to `optax.adam` in "
-        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update at "
-        "b2 = .999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
+        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update "
+        "at b2 = .999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
         "`benchmarks/readme.py`.",
     ]
     return "\n".join(lines)
@@ -72,9 +72,9 @@ def quality_table() -> str:
         lines.append(f"| {name} | {kept:.1f} | {sum(losses) / len(losses):.4f} | {difference:+.4f} |")
     lines += [
         "",
-        f"A small transformer on Python source, {results['steps']:,} updates, mean of {len(base)} seeds, nats per byte; "
-        "bytes are those of weights and optimizer together. Made by `examples/char_lm.py --table`, which says what the names "
-        "mean.",
+        f"A small transformer on Python source, {results['steps']:,} updates, mean of {len(base)} seeds, nats per "
+        "byte; the bytes are those of weights and optimizer together. Made by `examples/char_lm.py --table`, which "
+        "says what the names mean.",
     ]
     return "\n".join(lines)
 

@@ -15,11 +15,11 @@ A numerator is a frozen dataclass that knows one array, never a tree:
     init(p) -> state                         zeros like p; an array, a NamedTuple of arrays, or () for no memory
     at(t, dtype) -> numbers                  what step t = 1, 2, ... needs, computed once for all arrays
     update(state, g, numbers) -> state       the memory after g
-    estimate(old, new, g, numbers)           the signal, from the memory before g and after
+    estimate(old, new, g, numbers) -> x, k   the signal k x: an array, from the memory before g and after, and a scalar
     floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
 
 `estimate` is given the new memory as it will rest (`storage.py`), so that a step reads what it has stored and nothing
-twice.
+twice. It leaves the product with the scalar to the caller, whose learning rate joins it: one product per element.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Gradient:
         return state
 
     def estimate(self, old, new, g, numbers):
-        return g
+        return g, 1.0
 
     def floor(self, t):
         return 1.0
@@ -74,7 +74,7 @@ class EMA:
         return lerp(m, g, k.gain)
 
     def estimate(self, old, m, g, k: Decay):
-        return times(m, k.debias) if self.debias else m
+        return m, k.debias if self.debias else 1.0
 
     def floor(self, t):
         b1 = value_at(self.b1, t)
@@ -101,7 +101,7 @@ class Mean:
         return lerp(m, g, gain)
 
     def estimate(self, old, m, g, gain):
-        return m
+        return m, 1.0
 
     def floor(self, t):
         return _ema_floor(value_at(self.b1, t), t)
@@ -133,7 +133,7 @@ class Nesterov:
         return lerp(m, g, k.gain)
 
     def estimate(self, old, m, g, k: _Lookahead):
-        return times((m - times(m, k.gain)) + times(g, k.ahead), k.scale)
+        return (m - times(m, k.gain)) + times(g, k.ahead), k.scale
 
     def floor(self, t):
         b = value_at(self.b1, t)
@@ -176,7 +176,7 @@ class Mixture:
         return FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
 
     def estimate(self, old, m, g, k: _Mix):
-        return times(m.m1 + times(m.m2, k.alpha), k.fast.debias)
+        return m.m1 + times(m.m2, k.alpha), k.fast.debias
 
     def floor(self, t):
         b1, b3 = value_at(self.b1, t), value_at(self.b3, t)
@@ -217,7 +217,7 @@ class Sign:
         return lerp(m, g, k.gain)
 
     def estimate(self, old, m, g, k: _Look):
-        return jnp.sign(lerp(old, g, k.look) if k.ahead is None else lerp(m, g, k.ahead))
+        return jnp.sign(lerp(old, g, k.look) if k.ahead is None else lerp(m, g, k.ahead)), 1.0
 
     def floor(self, t):
         return 1.0

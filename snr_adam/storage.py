@@ -98,8 +98,8 @@ class Packed:
         _require_one_of_each(mu, nu)
         m, v = word_of(mu), word_of(nu)
         bits = dither(mu.shape, 0)
-        m = (m + (bits & 0xFFFF)) & _HIGH
-        v = (v + (bits >> 17)) >> 15
+        m = (m + (bits >> 16)) & _HIGH
+        v = (v + (bits & 0x7FFF)) >> 15
         return m | v, ()
 
     def decode(self, mu, nu, dtype):

@@ -109,7 +109,7 @@ class _Rule:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
 
     def estimate(self, g, stored: _Stored, step: _Step, dtype, dither):
-        """Signal and noise of one array, and its memory at rest."""
+        """The signal as (array, scalar) and the noise of one array, and its memory at rest."""
         old = _Stored(*self.storage.decode(*stored, dtype))
         x, noise = g, None
         if self.noise.divides_first:
@@ -165,13 +165,14 @@ class _Descent(NamedTuple):
         return alphas, [_select(on, decay) for on in masks]
 
     def step(self, signal, noise, p, alpha, decay, zero):
+        x, k = signal
         if alpha is None:
-            return divide(signal, noise)
+            return divide(times(x, k), noise)
         decays = not (isinstance(decay, float) and decay == 0)
         if self.trust_ratio:
-            u = divide(signal, noise) + times(p, decay) if decays else divide(signal, noise)
+            u = divide(times(x, k), noise) + times(p, decay) if decays else divide(times(x, k), noise)
             return times(u, -alpha * _trust_ratio(p, u)) + zero
-        u = divide(times(signal, -alpha), noise) + zero
+        u = divide(times(x, -alpha * k), noise) + zero
         return u - times(p, alpha * decay) if decays else u
 
 
