@@ -16,6 +16,7 @@ ROWS = {
     "optax.adamw": ("`optax.adamw`", None, ""),
     "snr_adam.adamw float32": ("`adamw(...)`", "float32", "to compare, to continue old runs"),
     "snr_adam.adamw bfloat16": ('`storage="bfloat16"`', "bfloat16", "optimizers that `packed` cannot hold"),
+    "bfloat16 nearest": ("bfloat16 rounded to nearest, by hand", "bfloat16 nearest", "nothing: v stalls"),
     "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory, and faster"),
     "snr_adam.adamw packed + remainder 8": (
         '`carry_remainder(..., "8")`, packed',
@@ -37,25 +38,27 @@ def storage_table() -> str:
     found = {(row["contender"], row["dtype"]): row for row in step["rows"] if row["tree"] == "16777216"}
     base = {dtype: found["optax.adam", dtype]["ms"] for dtype in ("float32", "bfloat16")}
     lines = [
-        "| AdamW | state bytes / param. | moved / step | update error | time, float32 | bfloat16 | use it for |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| AdamW | state bytes | moved | error | v after | time, float32 | bfloat16 | use it for |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for contender, (label, storage, use) in ROWS.items():
-        wide, narrow = found[contender, "float32"], found[contender, "bfloat16"]
+        wide, narrow = (found.get((contender, dtype), {}) for dtype in ("float32", "bfloat16"))
         main = narrow if "remainder" in contender else wide
         cells = [f"{main[key]:.0f}" if key in main else "-" for key in ("bytes_state", "bytes_moved")]
-        cells.append(f"{error[storage]['error_0.999']:.1%}" if storage else "-")
+        noise = error.get(storage)
+        cells += [f"{noise['error_0.999']:.1%}", f"{noise['v_after']:.3g}"] if noise else ["-", "-"]
         for row in (wide, narrow):
-            time = f"{row['ms'] / base[row['dtype']]:.2f}" if "ms" in row else "not measured"
+            time = f"{row['ms'] / base[row['dtype']]:.2f}" if "ms" in row else "not measured" if row else "-"
             cells.append("-" if "remainder" in contender and row is wide else time)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {use} |")
     machine = step["machine"]
     lines += [
         "",
-        "16.8M parameters in one leaf, parameters and gradients of the dtype named; time relative to `optax.adam` in "
-        f"the same run, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}; error of the update "
-        "at b2 = .999, relative to float32 moments. Made by `benchmarks/step.py`, `benchmarks/storage.py` and "
-        "`benchmarks/readme.py`.",
+        "Bytes per parameter, at rest and moved in a step; error of the update at b2 = .999 against float32 moments; v "
+        "6,000 steps after gradients shrank tenfold, as a multiple of float32's (1 is right); time of a step relative "
+        "to `optax.adam` in the same run, for 16.8M parameters in one leaf, parameters and gradients of the dtype named, "
+        f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
+        "`benchmarks/storage.py` and `benchmarks/readme.py`.",
     ]
     return "\n".join(lines)
 

@@ -64,7 +64,6 @@ def tree_shapes(name: str) -> list[tuple[int, ...]]:
 def jax_contender(name: str, shapes, dtype: str):
     """(run n steps, facts about the compiled step) of a JAX contender."""
     import jax
-    import jax.numpy as jnp
     import optax
 
     import snr_adam

@@ -74,6 +74,7 @@ def _split(whole, old, p, code, dither):
         word = word + jnp.where(moved < 16 * unit, dither() & (unit - 1), jnp.uint32(unit // 2))
     limit = jnp.iinfo(code)
     distance = ((word >> shift) - (landed >> shift)).astype(jnp.int32)
+    distance = jnp.where(landed == 0, 0, distance)  # a remainder cannot change the sign: from +0 it leads to NaN
     return update, jnp.clip(distance, limit.min, limit.max).astype(code)
 
 

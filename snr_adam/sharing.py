@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from snr_adam import _tree
 from snr_adam.noise import Shared
@@ -97,13 +98,12 @@ def suggest_sharing(state, params, *, cutoff: float = 10.0, layer_axis: Any = No
     Raises:
       ValueError: if the state holds no noise that can be shared, or more than one `ScaleBySnrState`.
     """
-    outer = _tree.flatten(params)[1]
-    vs = outer.flatten_up_to(_second_moments(_only(state)))
+    vs = _per_parameter(_second_moments(_only(state)), params)
     rows = []
     for (path, p), v in zip(_tree.named_leaves(params), vs, strict=True):
-        if v is not None and jnp.ndim(p) >= 2:
+        if _is_kept(v) and jnp.ndim(p) >= 2:
             rows.append(_best(path, v, cutoff, _layer_axis(layer_axis, path, jnp.ndim(p))))
-    total = sum(v.size * v.dtype.itemsize for v in vs if v is not None)
+    total = sum(v.size * v.dtype.itemsize for v in vs if _is_kept(v))
     return Suggestion(tuple(rows), cutoff, total)
 
 
@@ -143,17 +143,25 @@ def share(state, params, axes):
       The state with v averaged over the axes, as `Shared` would have kept it from now on.
     """
     rule = Shared(None, axes.axes if isinstance(axes, Suggestion) else axes)
-    outer = _tree.flatten(params)[1]
-    vs = outer.flatten_up_to(_second_moments(_only(state)))
+    vs = _per_parameter(_second_moments(_only(state)), params)
     shared = SharedNoise(
         tuple(
             None
             if v is None
             else jnp.mean(v.astype(jnp.float32), rule.axes_of(path, v.shape), keepdims=True).astype(v.dtype)
             for (path, _), v in zip(_tree.named_leaves(params), vs, strict=True)
+            if not isinstance(v, optax.MaskedNode)
         )
     )
     return jax.tree.map(lambda node: node._replace(nu=shared) if _is_state(node) else node, state, is_leaf=_is_state)
+
+
+def _per_parameter(nu, params) -> list:
+    return _tree.flatten(params)[1].flatten_up_to(nu)
+
+
+def _is_kept(v) -> bool:
+    return v is not None and not isinstance(v, optax.MaskedNode)
 
 
 def _is_state(node) -> bool:

@@ -87,14 +87,24 @@ class _Rule:
 
     def __init__(self, signal: Signal, noise: Noise, storage: str | Storage):
         self.axes_of = noise.axes_of if isinstance(noise, Shared) else None
-        self.noise = noise.noise if isinstance(noise, Shared) else noise
+        self.noise: Any = noise.noise if isinstance(noise, Shared) else noise
         self.signal, self.storage = signal, storages.resolve(storage)
         self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
-        if self.axes_of and self.memory != jax.tree.structure(_Stored(0, 0)):
+        if self.axes_of and not self._can_share():
             raise ValueError(
                 f"Shared({self.noise!r}) with storage={storage!r}: sharing needs a noise that keeps one array per "
                 "parameter, such as RMS, and a storage that keeps it apart from the signal: 'float32' or 'bfloat16'"
             )
+
+    def _can_share(self) -> bool:
+        """Whether the noise is one array per parameter and stays the size it starts with."""
+        if self.memory != jax.tree.structure(_Stored(0, 0)):
+            return False
+
+        def after(g):
+            return self.noise.update(self.noise.init(g[:1]), g, self.noise.at(jnp.int32(1), jnp.float32), g)
+
+        return jax.eval_shape(after, jax.ShapeDtypeStruct((2,), jnp.float32)).shape == (1,)
 
     def init(self, p, shared: tuple[int, ...] = ()) -> _Stored:
         def dither(shape, stream):
