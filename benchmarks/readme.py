@@ -56,7 +56,8 @@ def storage_table() -> str:
         "",
         "Bytes per parameter, at rest and moved in a step; error of the update at b2 = .999 against float32 moments; v "
         "6,000 steps after gradients shrank tenfold, as a multiple of float32's (1 is right); time of a step relative "
-        "to `optax.adam` in the same run, for 16.8M parameters in one leaf, parameters and gradients of the dtype named, "
+        "to `optax.adam` in the same run, for 16.8M parameters in one leaf, parameters and gradients of the dtype "
+        "named, "
         f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
         "`benchmarks/storage.py` and `benchmarks/readme.py`.",
     ]

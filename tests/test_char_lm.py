@@ -46,6 +46,7 @@ def test_a_short_table(char_lm, small, tmp_path, monkeypatch, capsys):
     assert [float(row[4]) for row in rows] == [round(each.mean(), 4) for each in losses.values()]
 
 
+@pytest.mark.slow
 def test_sharing_costs_what_was_predicted(char_lm, small):
     """The prediction is of first order in the spread of v, so it is asked for where that is small. Measured over two
     Python versions, three seeds and two lengths the quotient is 0.77 to 1.09 from SNR_K = 3 on, 0.68 to 1.12 from 2."""
