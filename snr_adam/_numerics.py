@@ -57,8 +57,7 @@ def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
 
 
 class Decay(NamedTuple):
-    """One step of a moving average of decay b: the newest value's weight 1 - b, the correction 1 / (1 - b^t), and log
-    b."""
+    """One step of a moving average of decay b: the weight 1 - b of what is new, 1 / (1 - b^t), and log b."""
 
     gain: Scalar
     debias: Scalar

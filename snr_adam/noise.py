@@ -127,8 +127,7 @@ class Maximum:
 
 @dataclass(frozen=True)
 class Infinity:
-    """The exponentially forgotten maximum of |g|: the limit of a p-norm average for large p. Needs no bias
-    correction."""
+    """The exponentially forgotten maximum of |g|, the limit of a p-norm for large p. It needs no bias correction."""
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
@@ -393,8 +392,7 @@ class Shared:
       noise: a denominator that keeps one array per parameter, such as `RMS`.
       axes: which axes of a parameter share. An int or a tuple of ints for all parameters; or a dict from patterns
         (regular expressions, searched in the path "layer/kernel", first match wins) to such axes; or a function of
-        (path, shape) to such axes. Parameters without a match share nothing. For stacked layers leave the layers' axis
-        out.
+        (path, shape) to such axes. Parameters without a match share nothing. Leave out an axis that stacks layers.
     """
 
     noise: Any

@@ -97,8 +97,7 @@ def _average(b1: Hyper, nesterov: bool, debias: bool = True) -> s.Signal:
 
 
 def _with_parts(tx: Tx, empty: int) -> Tx:
-    """`tx` with as many empty states behind it as Optax's chain has parts there, so that states and checkpoints line
-    up."""
+    """`tx` with as many empty states behind it as Optax's chain has parts there: states and checkpoints line up."""
     return optax.chain(tx, *(optax.identity() for _ in range(empty)))
 
 

@@ -5,8 +5,7 @@ it away, every time. Two cures, for any optimizer:
 
     carry_remainder(tx)       keeps what the 16 bits could not hold, as 16 or 8 integer bits beside them. The optimizer
                               sees and moves the whole weight; the parameter is that weight, rounded.
-    round_stochastically()    ends a chain; the weight is rounded up or down with the probability that makes the mean
-    right.
+    round_stochastically()    ends a chain; the weight is rounded up or down, on average to the right value.
 
 Both return the update that lands on the new parameter when `optax.apply_updates` adds it, in float32, because a 16-bit
 update could not.
@@ -32,8 +31,7 @@ _STREAM = 3  # of the random bits; the storages use 0 to 2
 
 @_tree.exportable
 class CarryRemainderState(NamedTuple):
-    """count: int32 scalar; inner: the state of the wrapped optimizer; remainder: int16 or int8, shaped like the
-    parameters."""
+    """count: int32 scalar; inner: the wrapped optimizer's state; remainder: int16 or int8, like the parameters."""
 
     count: Any
     inner: Any
@@ -57,8 +55,7 @@ def _whole(p, remainder):
 
 
 def _split(whole, old, p, code, dither):
-    """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` is the weight
-    before."""
+    """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` was the weight."""
     word, shift = word_of(whole), _shift(p, code)
     if p.dtype == jnp.bfloat16:  # half away from zero: the other half of a tie would need a 65,537th code
         nearest = float_of((word + 0x8000) & jnp.uint32(0xFFFF0000))

@@ -92,8 +92,7 @@ def suggest_sharing(state, params, *, cutoff: float = 10.0, layer_axis: Any = No
       layer_axis: the axis that stacks layers, never shared: an int, a dict from patterns to ints, or None.
 
     Returns:
-      A `Suggestion`: of the axes whose SNR_K reaches the cutoff, those that save most. Vectors and scalars are left
-      alone.
+      A `Suggestion`: of the axes whose SNR_K reaches the cutoff, those that save most; never for vectors and scalars.
 
     Raises:
       ValueError: if the state holds no noise that can be shared, or more than one `ScaleBySnrState`.

@@ -198,8 +198,7 @@ class _Look(NamedTuple):
 class Sign:
     """sign(c_t), c_t = b1 m_{t-1} + (1-b1) g_t, then m_t = b2 m_{t-1} + (1-b2) g_t. Its size is 1: needs no noise.
 
-    c_t is read off m_t, as m_t + (b2-b1)/b2 (g_t - m_t): reading m_{t-1} would cost a copy of it, 8 bytes per
-    parameter.
+    c_t is read off m_t, as m_t + (b2-b1)/b2 (g_t - m_t): reading m_{t-1} would cost a copy of it.
     """
 
     b1: Hyper = 0.9

@@ -75,8 +75,7 @@ class SharedNoise(NamedTuple):
     """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `sharing.share`).
 
     v: one array per parameter, in the order of the tree's leaves, with size 1 along the axes that share. Not a tree
-    like
-      the parameters, because Flax and others give every array in such a tree the sharding of its parameter.
+      like the parameters, because Flax and others give every array in such a tree the sharding of its parameter.
     """
 
     v: tuple
@@ -150,8 +149,7 @@ def _resolve(hyper, t):
 
 
 class _Descent(NamedTuple):
-    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, signal /
-    noise."""
+    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p, or signal / noise without alpha."""
 
     alpha: Any = None
     weight_decay: Any = 0.0
