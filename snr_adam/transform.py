@@ -149,7 +149,7 @@ def _resolve(hyper, t):
 
 
 class _Descent(NamedTuple):
-    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p, or signal / noise without alpha."""
+    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, their ratio."""
 
     alpha: Any = None
     weight_decay: Any = 0.0
