@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 CONTENDERS = (
     "optax.adamw",
     "optax.adam",
+    "snr_adam.adam packed",
     "snr_adam.adamw float32",
     "snr_adam.adamw bfloat16",
     "snr_adam.adamw packed",
@@ -69,13 +70,13 @@ def jax_contender(name: str, shapes, dtype: str):
     import snr_adam
 
     hyper = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01}
-    library, _, storage = name.partition(" ")
-    if name == "optax.adam":
-        tx = optax.adam(1e-3)
-    elif library == "optax.adamw":
-        tx = optax.adamw(1e-3, **hyper)
+    maker, _, storage = name.partition(" ")
+    library, preset = maker.split(".")
+    options = hyper if preset == "adamw" else {}
+    if library == "optax":
+        tx = getattr(optax, preset)(1e-3, **options)
     else:
-        tx = snr_adam.adamw(1e-3, **hyper, storage=storage.split(" + ")[0])
+        tx = getattr(snr_adam, preset)(1e-3, **options, storage=storage.split(" + ")[0])
         tx = snr_adam.carry_remainder(tx, "8") if "remainder" in storage else tx
 
     def step(params, state, grads):  # donated arguments and results in the same order: XLA pairs buffers by position
@@ -196,7 +197,7 @@ def measure(tree: str, dtype: str, rounds: int, contenders) -> list[dict]:
         if "error" not in facts:
             workers[name] = worker
     times: dict[str, list[float]] = {name: [] for name in workers}
-    steps = max(4, min(2000, int(1e8 / count)))
+    steps = max(4, min(2000, int(2.5e8 / count)))
     for done in range(rounds):
         for name, worker in workers.items():
             print(f"{steps}", file=worker.stdin, flush=True)
