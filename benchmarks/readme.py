@@ -74,11 +74,12 @@ def quality_table() -> str:
         difference = sum(a - b for a, b in zip(losses, base, strict=True)) / len(base)
         kept = sum(run["bytes_per_parameter"] for run in runs) / len(runs)
         lines.append(f"| {name} | {kept:.1f} | {sum(losses) / len(losses):.4f} | {difference:+.4f} |")
+    counts = " or ".join(map(str, sorted({len(run["sharing"]) for run in results["runs"]["shared"]})))
     lines += [
         "",
         f"A small transformer on Python source, {results['steps']:,} updates, mean of {len(base)} seeds, nats per "
         "byte; the bytes are those of weights and optimizer together. Made by `examples/char_lm.py --table`, which "
-        "says what the names mean.",
+        f"says what the names mean. `shared` found {counts} parameters worth sharing after a third of the run.",
     ]
     return "\n".join(lines)
 
