@@ -209,3 +209,14 @@ def test_a_tree_without_leaves(name):
         updates, state = tx.update(empty, tx.init(empty), empty)
         assert updates == empty
         assert int(state[0].count) == 1
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "packed"])
+def test_moments_start_sharded_like_their_parameter(storage):
+    """Also outside of jit: else a model that fits eight devices would need its whole state on one."""
+    mesh = jax.make_mesh((8,), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    state = snr_adam.adam(1e-3, storage=storage).init({"w": jax.device_put(jnp.zeros((3, 16)), split)})[0]
+    moments = jax.tree.leaves((state.mu, state.nu))
+    assert moments
+    assert all(x.sharding.is_equivalent_to(split, x.ndim) for x in moments)
