@@ -5,7 +5,7 @@ An exponential moving average with decay b and its bias correction are
     m_t = m_{t-1} + (1 - b) (g_t - m_{t-1})          k_t = 1 / (1 - b^t) = -1 / expm1(t log b)
 
 The textbook forms `b*m + (1-b)*g` and `1 - b**t` are the same on paper. In float32 they are not: the two rounded
-constants b and 1-b no longer sum to 1, which is an error of 1.3e-5 at b = .999 and 1.3e-2 at .999999, at every step.
+constants b and 1-b no longer sum to 1: float32(1-b) / (1 - float32(b)) is off by 1.3e-5 at b = .999, 1.3e-2 at .999999.
 The form above has one constant, so its fixed point is exact, and one product that feeds the addition, so a compiler may
 fuse them or not fuse them in the same way everywhere: the bits do not depend on the loop around the step.
 

@@ -81,12 +81,10 @@ def init_like(init, p):
 
 def check_floating(what: str, tree, leaves) -> None:
     """Raises TypeError, naming the leaf, unless all leaves are floating or complex numbers."""
-    if all(x is None or jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves):
-        return
-    for name, x in named_leaves(tree):
+    for i, x in enumerate(leaves):
         if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             raise TypeError(
-                f"{what} {name} has dtype {jnp.result_type(x)}, which has no moments: "
+                f"{what} {named_leaves(tree)[i][0]} has dtype {jnp.result_type(x)}, which has no moments: "
                 "leave it out of the trained parameters, for instance with optax.masked or by making it None"
             )
 

@@ -15,6 +15,7 @@ how many float32 numbers w is away from p, at most half of the 2^16 (bfloat16) o
 bits hold r exactly; eight bits hold it in units of 2^8 (2^5), a mean relative error of the weight of 5.5e-6.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -126,10 +127,10 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
         olds = [_whole(p, r) for p, r in zip(ps, rest, strict=True)]
         gs = [_widen(g) if g is not None and _is_narrow(p) else g for g, p in zip(gs, ps, strict=True)]
         us, inner = tx.update(outer.unflatten(gs), state.inner, outer.unflatten(olds), **extra_args)
-        us = outer.flatten_up_to(us)
+        us, seed = outer.flatten_up_to(us), step_seed(count)
         for i, (p, u, old) in enumerate(zip(ps, us, olds, strict=True)):
             if u is not None and _is_narrow(p):
-                dither = lambda i=i, p=p: random_bits(p.shape, _STREAM, step_seed(count), i)  # noqa: E731
+                dither = functools.partial(random_bits, p.shape, _STREAM, seed, i)
                 us[i], rest[i] = _split(old + u, old, p, rest[i].dtype, dither)
         return outer.unflatten(us), CarryRemainderState(count, inner, outer.unflatten(rest))
 
@@ -172,11 +173,11 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
             raise ValueError("round_stochastically needs the parameters: call update(grads, state, params)")
         count = optax.safe_increment(state.count)
         us, outer = _tree.flatten(updates)
-        ps = outer.flatten_up_to(params)
+        ps, seed = outer.flatten_up_to(params), step_seed(count)
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)
-                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, step_seed(count), i))
+                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, seed, i))
                 us[i] = _widen(target) - old
         return outer.unflatten(us), RoundStochasticallyState(count)
 

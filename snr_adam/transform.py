@@ -178,7 +178,8 @@ class _Descent(NamedTuple):
             return divide(times(x, k), noise)
         decays = not (isinstance(decay, float) and decay == 0)
         if self.trust_ratio:
-            u = divide(times(x, k), noise) + times(p, decay) if decays else divide(times(x, k), noise)
+            u = divide(times(x, k), noise)
+            u = u + times(p, decay) if decays else u
             return times(u, -alpha * _trust_ratio(p, u)) + zero
         u = divide(times(x, -alpha * k), noise) + zero
         return u - times(p, alpha * decay) if decays else u
