@@ -12,6 +12,7 @@ fuse them or not fuse them in the same way everywhere: the bits do not depend on
 Numbers that are known when the optimizer is built are held as Python floats and reach the device rounded once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,35 +115,58 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-def step_seed(count) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 words that are unrelated from step to step; computed once for all arrays."""
-    seed = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
-    return seed, _mix(seed)
+class Seed(NamedTuple):
+    """Two uint32 words that are unrelated from step to step and from array to array."""
+
+    before: jax.Array
+    between: jax.Array
 
 
-def random_bits(shape: tuple[int, ...], stream: int, seed: tuple[jax.Array, jax.Array], leaf: int) -> jax.Array:
-    """uint32 random bits for an array, a function of the step, the leaf's number and the element's index alone.
+def seeds_at(count, arrays: int) -> list[Seed]:
+    """The seeds of so many arrays at step `count`.
 
-    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
-    Step and leaf enter twice, before and between the two rounds, so that no two of them use shifted copies of one
-    sequence. The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does in one
-    product what takes two products by constants, as the chi-square tests measure. Indices are taken modulo 2^32.
+    On CPU an array's words are handed out by a branch that is always taken, which hides from the compiler that they
+    are constants. Then the loops over arrays of one shape are equal, and XLA compiles them once: a packed tree of 300
+    leaves in 28 shapes compiles in 3.7 s instead of 5.9.
     """
     with np.errstate(over="ignore"):
-        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32((8 * leaf + 2 * stream + 0x85EBCA6B) % 2**32))
-    x = (_index(shape) ^ (seed[0] ^ before)) * np.uint32(0x9E3779B1)
-    x = x ^ (x >> 16) ^ (seed[1] ^ between)
+        words = tuple(_mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
+    hidden = jax.lax.platform_dependent(
+        count,
+        cpu=lambda count: jax.lax.cond(count < 0, lambda: words[::-1], lambda: words),
+        default=lambda count: words,
+    )
+    before = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    between = _mix(before)
+    return [Seed(before ^ x, between ^ y) for x, y in zip(hidden[::2], hidden[1::2], strict=True)]
+
+
+def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
+    """uint32 random bits for an array, a function of its seed, the stream's number and the element's index alone.
+
+    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
+    """
+    with np.errstate(over="ignore"):
+        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32(2 * stream))
+    return _hash(shape, seed.before ^ before, seed.between ^ between)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
+def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
+    """A hash of every element's place in row-major order, modulo 2^32.
+
+    The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
+    The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
+    takes two products by constants, as the chi-square tests show.
+    """
+    x = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        x = x * np.uint32(size % 2**32) + place if axis else place
+    x = (x ^ before) * np.uint32(0x9E3779B1)
+    x = x ^ (x >> 16) ^ between
     x = x * (x + x + np.uint32(1))
     return x ^ (x >> 16)
-
-
-def _index(shape: tuple[int, ...]) -> jax.Array:
-    """Every element's place in row-major order, as uint32."""
-    index = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(shape):
-        step = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index = index * np.uint32(size % 2**32) + step if axis else step
-    return index
 
 
 def word_of(x: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from snr_adam._numerics import (
     compute_dtype,
     divide,
     random_bits,
-    step_seed,
+    seeds_at,
     times,
     unseen_zero,
     value_at,
@@ -230,7 +230,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
             )
         alphas, decays = descent.per_leaf(t, outer, updates, params)
-        seed = step_seed(t)
+        seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
         numbers = functools.cache(lambda dtype: rule.at(t, dtype))
 
         def leaf(number, g, stored, p, alpha, decay):
@@ -239,7 +239,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
             g = _tree.as_array(g)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
-            dither = functools.partial(random_bits, seed=seed, leaf=number)
+            dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
             signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
             p = None if p is None else _tree.as_array(p).astype(wide)
             zero = numbers(dtype).zero.astype(wide)
