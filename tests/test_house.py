@@ -13,7 +13,8 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
+    {"noise_scale"},
+    {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint"},
     {"control", "optimizers"},
     {"plots", "__init__"},
 )
