@@ -10,6 +10,7 @@ squares. A member of the family is a choice of how the one and the other are est
 """
 
 from snr_adam import noise_scale as noise_scale
+from snr_adam.advice import advise as advise
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation

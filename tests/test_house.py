@@ -15,7 +15,7 @@ LAYERS = (
     {"transform"},
     {"noise_scale"},
     {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint"},
-    {"control", "optimizers"},
+    {"control", "advice", "optimizers"},
     {"plots", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
