@@ -9,6 +9,8 @@ examples are wasted. Learning rate and decays are no numbers of their own, they 
 
     alpha ~ sqrt(B)                       the noise of the gradient falls by as much (Malladi et al. 2022)
     log b ~ B                             so that m and v remember as many examples as before (Marek et al. 2025)
+
+Both rules are local, so one goes from batch to batch in steps, and measures again.
 """
 
 import math
@@ -17,6 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from snr_adam.noise_scale import NoiseScale
+
+STRIDE = 3
+"""The doublings that are advised at once: 8 times the batch turns b1 = .9 into .43, 64 times into .001: no average."""
 
 
 class Setting(NamedTuple):
@@ -79,13 +84,14 @@ class Advice(NamedTuple):
             f"To the same loss: {self.steps:.2g} times the steps, {self.examples:.2g} times the examples.\n"
             "The learning rate goes with the square root of the batch, as the noise does. Signal and noise\n"
             f"still forget half in {now.half_life(now.b1):,.0f} and {now.half_life(now.b2):,.0f} examples."
+            f"{' Then measure again, to go on.' if self.advised.batch_size == now.batch_size * 2**STRIDE else ''}"
         )
 
 
 def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999, *, largest=None) -> Advice:
     """The batch size that a noise scale asks for, with the learning rate and the decays that go with it.
 
-    B' = B 2^k next to B_simple,   alpha' = alpha sqrt(B'/B),   b' = b^(B'/B)
+    B' = B 2^k next to B_simple, |k| <= 3,   alpha' = alpha sqrt(B'/B),   b' = b^(B'/B)
 
     It is an order of magnitude: the best batches of McCandlish et al. lay between 1/8 and 20 times the run's average
     noise scale (their Table 1). B_simple grows while a model learns, so measure late rather than early. Where no signal
@@ -122,9 +128,10 @@ def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999,
     now = Setting(int(batch_size), float(learning_rate), float(b1), float(b2))
     wanted = math.log2(max(_least(noise_scale), 1.0) / now.batch_size)
     doublings = max(math.floor(wanted), 0) if np.isinf(noise_scale.value) else round(wanted)
+    doublings = min(max(doublings, -STRIDE), STRIDE)
     if largest is not None:
         doublings = min(doublings, math.floor(math.log2(largest / now.batch_size)))
-    return Advice(noise_scale, now, now.at(max(1, round(now.batch_size * 2.0**doublings))))
+    return Advice(noise_scale, now, now.at(max(1, math.floor(now.batch_size * 2.0**doublings))))
 
 
 def _least(noise_scale: NoiseScale) -> float:

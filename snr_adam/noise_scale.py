@@ -185,7 +185,7 @@ def from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
     Args:
       m: the average gradient, bias-corrected. A tree of arrays. For Adam `optax.tree.bias_correction(mu, b1, count)`.
       v: the average squared gradient, bias-corrected. A tree of the same structure and shapes, or its sum.
-      rho: Var[m] / Var[g], more than 0 and less than 1.
+      rho: Var[m] / Var[g], at least 0 and less than 1. 0 if m and v are means over all the data there is.
       batch_size: B, the number of examples behind one gradient.
       d_eff: the number of directions in which the noise is spread; the limit is B (1-rho)/rho sqrt(d_eff/8).
 
@@ -193,7 +193,7 @@ def from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
       A `NoiseScale`, on the host.
 
     Raises:
-      ValueError: if rho is not between 0 and 1.
+      ValueError: if rho is not in [0, 1).
 
     >>> print(from_moments(jnp.array([1.0, -1.0]), jnp.array([4.0, 4.0]), rho=1 / 19, batch_size=32))
     122 +- 48
@@ -229,7 +229,7 @@ def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
       A `NoiseScale`, on the host.
 
     Raises:
-      ValueError: if rho is not between 0 and 1.
+      ValueError: if rho is not in [0, 1).
 
     >>> print(l1_from_moments(jnp.array([1.0, -1.0]), jnp.array([2.0, 2.0]), rho=0.05, batch_size=32))
     34 +- 9.5
@@ -245,10 +245,10 @@ def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
 
 
 def _checked(rho) -> float:
-    if not 0 < rho < 1:
+    if not 0 <= rho < 1:
         raise ValueError(
-            f"rho={rho}: the share of the noise that passes the average m must lie between 0 and 1; after one step it "
-            "is 1, as one gradient does not show its own noise"
+            f"rho={rho}: the share of the noise that passes the average m must be at least 0 and less than 1; "
+            "after one step it is 1, as one gradient does not show its own noise"
         )
     return float(rho)
 
