@@ -335,7 +335,7 @@ def squared_norm(tree) -> jax.Array:
 
 @jax.jit
 def _sums(m, v):
-    return squared_norm(m), _total(jnp.sum(_wide(x)) for x in jax.tree.leaves(v))
+    return squared_norm(m), _total(jnp.sum(_wide(x).real) for x in jax.tree.leaves(v))
 
 
 @jax.jit
@@ -343,7 +343,7 @@ def _absolute_sums(m, v, rho):
     """||sigma||_1 and the debiased ||G||_1."""
 
     def sums(m, v):
-        square, v = abs_sq(_wide(m)), _wide(v)
+        square, v = abs_sq(_wide(m)), _wide(v).real
         variance = jnp.maximum(v - square, 0) / (1 - rho)
         passed = rho * variance
         z2 = square / jnp.where(passed > 0, passed, 1)
