@@ -69,10 +69,10 @@ def _number(x) -> str:
 def _divide(power, signal, error, bounds, size, method) -> NoiseScale:
     """B (A - L) / L where L is above the first of the bounds: the least that is told from none. The second bounds L."""
     power, signal, error, least, most, size = (np.asarray(x, float) for x in (power, signal, error, *bounds, size))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         found = (signal > 0) & ~(signal <= least)
         value = np.where(found, size * np.maximum(power / signal - 1, 0), np.inf)
-        spread = np.where(found, size * power / signal**2 * error, np.inf)
+        spread = np.where(found, size * (power / signal) * (error / signal), np.inf)
         limit = size * np.maximum(power / np.where(found, least, most) - 1, 0)
     missing = np.isnan(power) | np.isnan(signal)
     value, spread, limit = (np.where(missing, np.nan, x)[()] for x in (value, spread, limit))
