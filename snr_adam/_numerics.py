@@ -96,10 +96,39 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
+def largest(dtype) -> float:
+    """The largest gradient that is told from larger ones: 2^48; float64: 2^384. 2^31 of its squares can be summed."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 8)
+
+
+def saturate(x: jax.Array) -> jax.Array:
+    """x, its parts cut off at +-`largest`, infinities included; NaN stays NaN.
+
+    One square that overflows makes v infinite and the step 0 or NaN for ever. Cut off before the signal and the noise
+    see it, such a gradient has the ratio that a huge one should have, and v forgets it.
+    """
+    limit = largest(x.dtype)
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(jnp.clip(x.real, -limit, limit), jnp.clip(x.imag, -limit, limit))
+    return jnp.clip(x, -limit, limit)
+
+
+def root(v: jax.Array) -> jax.Array:
+    """sqrt(v) of a second moment, at least 2^-63 (float64: 2^-511).
+
+    Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
+    signal was not, x / sqrt(v) would be infinite, or NaN once both are gone.
+    """
+    return jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
+
+
 def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
     """|x|^2 in the shape of v: averaged over the axes along which v has one entry for all of x."""
     axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
-    return jnp.mean(abs_sq(x), axes, keepdims=True) if axes else abs_sq(x)
+    if not axes:
+        return abs_sq(x)
+    # the sum over the axes may overflow; their mean is at most this, for complex x and differences of two gradients too
+    return jnp.minimum(jnp.mean(abs_sq(x), axes, keepdims=True), 8 * largest(x.dtype) ** 2)
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:

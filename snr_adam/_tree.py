@@ -110,7 +110,12 @@ def _fits(x, shape, shared: bool) -> bool:
     return all(a == b or (shared and a == 1) for a, b in zip(jnp.shape(x), shape, strict=True))
 
 
+def new_scalar(leaves, value):
+    """A scalar array of a state, abstract if the parameters are."""
+    scalar = jnp.asarray(value)
+    return jax.ShapeDtypeStruct(scalar.shape, scalar.dtype) if any(map(is_abstract, leaves)) else scalar
+
+
 def new_count(leaves):
-    """A step counter at 0: int32, abstract if the parameters are."""
-    count = jnp.zeros((), jnp.int32)
-    return jax.ShapeDtypeStruct(count.shape, count.dtype) if any(map(is_abstract, leaves)) else count
+    """A step counter at 0, int32."""
+    return new_scalar(leaves, jnp.zeros((), jnp.int32))

@@ -42,6 +42,7 @@ from snr_adam._numerics import (
     decay_at,
     lerp,
     moment_like,
+    root,
     square_like,
     square_onto,
     value_at,
@@ -64,8 +65,7 @@ def _numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
 def _root(v, k: _Numbers, debias: bool = True):
     """sqrt(v / (1 - b2^t) + eps_root) + eps."""
     v = v * k.v.debias if debias else v
-    root = v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root
-    return jnp.sqrt(root) + k.eps
+    return root(v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root) + k.eps
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Belief:
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
 
     def estimate(self, v, g, k, center):
-        return jnp.sqrt(v * k.v.debias) + k.eps
+        return root(v * k.v.debias) + k.eps
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Previous:
         return lerp(v, square_onto(v, g), k.gain)
 
     def estimate(self, v, g, k: _Before, center):
-        noise = jnp.maximum(jnp.sqrt(v), k.eps)
+        noise = jnp.maximum(root(v), k.eps)
         if k.inverse_clip is not None:
             noise = jnp.maximum(noise, abs(g) * k.inverse_clip)
         return jnp.where(k.first, jnp.inf, noise)
@@ -329,7 +329,7 @@ class Deviation:
         (m, s), (k, eps) = state, k
         # bias-corrected, v - m^2 is k (s + m^2) - k^2 m^2
         variance = jnp.maximum(k.debias * (s - (k.debias - 1.0) * abs_sq(m)), 0.0) if self.debias else s
-        return jnp.sqrt(variance + eps) if self.eps_in_sqrt else jnp.sqrt(variance) + eps
+        return root(variance + eps) if self.eps_in_sqrt else root(variance) + eps
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ class Spread:
         return keep * s + weight * abs_sq(g - center)
 
     def estimate(self, s, g, k, center):
-        return jnp.sqrt(s + abs_sq(center)) + k[2]
+        return root(s + abs_sq(center)) + k[2]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from snr_adam import noise as n
 from snr_adam import signal as s
 from snr_adam._numerics import Hyper
 from snr_adam.storage import Cast, Storage
-from snr_adam.transform import descend
+from snr_adam.transform import Gated, descend
 
 Mask = Any
 Tx = optax.GradientTransformationExtraArgs
@@ -98,7 +98,7 @@ def _average(b1: Hyper, nesterov: bool, debias: bool = True) -> s.Signal:
 
 def _with_parts(tx: Tx, empty: int) -> Tx:
     """`tx` with as many empty states behind it as Optax's chain has parts there: states and checkpoints line up."""
-    return optax.chain(tx, *(optax.identity() for _ in range(empty)))
+    return Gated(*optax.chain(tx, *(optax.identity() for _ in range(empty))))
 
 
 @_preset

@@ -19,23 +19,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._numerics import (
     Hyper,
-    abs_sq,
     complex_like,
     compute_dtype,
     divide,
     random_bits,
+    saturate,
     step_seed,
     times,
     unseen_zero,
-    value_at,
 )
+from snr_adam.descent import Descent
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
@@ -68,6 +67,32 @@ class _Step(NamedTuple):
     signal: Any
     noise: Any
     zero: Any
+
+
+class Gate(NamedTuple):
+    """What was decided, from all gradients together, before a step (`guard.py`).
+
+    ok: bool scalar; where it is false the moments and the count stay what they are, and the updates mean nothing.
+    scale: scalar that multiplies the gradients, or None.
+    """
+
+    ok: Any
+    scale: Any = None
+
+    def scaled(self, g, zero):
+        """The gradient times the scale. The zero, see `unseen_zero`, keeps the product out of the next sum."""
+        return g if self.scale is None else times(g, self.scale.astype(zero.dtype)) + zero.astype(g.dtype)
+
+    def held(self, new, old):
+        """`new` where the step is taken, else `old`, for trees of one structure."""
+        return jax.tree.map(lambda x, y: y if x is y else jnp.where(self.ok, x, y), new, old)
+
+
+class Gated(optax.GradientTransformationExtraArgs):
+    """A transformation whose `update` takes `gate=` and then holds its own state: a step of this package and no more.
+
+    The type is the proof. Whoever wraps or chains it makes another type, whose state `guard` has to hold from outside.
+    """
 
 
 @_tree.exportable
@@ -117,7 +142,7 @@ class _Rule:
     def at(self, t, dtype) -> _Step:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
 
-    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither):
+    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither, gate: Gate | None):
         """The signal as (array, scalar) and the noise of one array, and its memory at rest."""
         old = _Stored(*self.storage.decode(*stored, dtype))
         x, noise = g, None
@@ -125,6 +150,8 @@ class _Rule:
             x, noise = divide(g, self.noise.estimate(old.nu, g, step.noise, None)), 1.0
         mu = self.signal.update(old.mu, x, step.signal)
         nu = self.noise.update(old.nu, g, step.noise, _center(mu))
+        if gate:  # encoding what was decoded gives the bits that were there, see storage.py
+            mu, nu = gate.held((mu, nu), tuple(old))
         stored = _Stored(*self.storage.encode(mu, nu, dither))
         mu, nu = self.storage.decode(*stored, dtype)  # from here on what is stored, and the step reads nothing twice
         if noise is None:
@@ -137,59 +164,6 @@ def _center(mu):
     return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
-def _trust_ratio(p, u):
-    """|p| / |u|, and 1 where either is 0 (LAMB, You et al. 2020, with phi the identity)."""
-    p_norm, u_norm = jnp.sqrt(jnp.sum(abs_sq(p))), jnp.sqrt(jnp.sum(abs_sq(u)))
-    return jnp.where((p_norm > 0) & (u_norm > 0), p_norm / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
-
-
-def _resolve(hyper, t):
-    """A hyper-parameter, or a tree of them, with every schedule replaced by its value at step t."""
-    return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
-
-
-class _Descent(NamedTuple):
-    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, their ratio."""
-
-    alpha: Any = None
-    weight_decay: Any = 0.0
-    mask: Any = None
-    trust_ratio: bool = False
-
-    @property
-    def needs_params(self) -> bool:
-        return self.trust_ratio or not (isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0)
-
-    def per_leaf(self, t, outer, updates, params) -> tuple[list, list]:
-        """alpha and lambda of every leaf."""
-        if self.alpha is None:
-            return [None] * outer.num_leaves, [0.0] * outer.num_leaves
-        alphas = _tree.spread(_resolve(self.alpha, t), outer, updates)
-        decay = _resolve(self.weight_decay, t)
-        if self.mask is None:
-            return alphas, [decay] * outer.num_leaves
-        mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
-        masks = _tree.spread(mask, outer, updates)
-        return alphas, [_select(on, decay) for on in masks]
-
-    def step(self, signal, noise, p, alpha, decay, zero):
-        x, k = signal
-        if alpha is None:
-            return divide(times(x, k), noise)
-        decays = not (isinstance(decay, float) and decay == 0)
-        if self.trust_ratio:
-            u = divide(times(x, k), noise)
-            u = u + times(p, decay) if decays else u
-            return times(u, -alpha * _trust_ratio(p, u)) + zero
-        u = divide(times(x, -alpha * k), noise) + zero
-        return u - times(p, alpha * decay) if decays else u
-
-
-def _select(on, decay):
-    """decay where the mask is on, else 0; decided now if the mask is known now."""
-    return (decay if on else 0.0) if isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
-
-
 def _in(dtype, x):
     """A scalar in `dtype`; Python floats take the dtype of what they meet."""
     return x.astype(dtype) if isinstance(x, jax.Array) else x
@@ -199,7 +173,7 @@ def _flat(outer, nu) -> SharedNoise:
     return SharedNoise(tuple(outer.flatten_up_to(nu)))
 
 
-def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraArgs:
+def _lift(rule: _Rule, descent: Descent) -> Gated:
     """The step of one array as a pure (init, update) pair over trees."""
 
     def init(params):
@@ -215,7 +189,7 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
         mu, nu = _tree.join(outer, rule.memory, rows)
         return ScaleBySnrState(_tree.new_count(leaves), mu, _flat(outer, nu) if rule.axes_of else nu)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, gate: Gate | None = None, **extra_args):
         del extra_args
         t = optax.safe_increment(state.count)
         leaves, outer = _tree.flatten(updates)
@@ -240,18 +214,22 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.partial(random_bits, seed=seed, leaf=number)
-            signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
+            zero = numbers(dtype).zero
+            x = saturate(g.astype(wide))
+            x = gate.scaled(x, zero) if gate else x
+            signal, noise, stored = rule.estimate(x, stored, numbers(dtype), dtype, dither, gate)
             p = None if p is None else _tree.as_array(p).astype(wide)
-            zero = numbers(dtype).zero.astype(wide)
+            zero = zero.astype(wide)
             u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay), zero)
             return u.astype(g.dtype), stored
 
         new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]
         out = outer.unflatten([u for u, _ in new])
         mu, nu = _tree.join(outer, rule.memory, [stored for _, stored in new])
-        return out, ScaleBySnrState(t, mu, _flat(outer, nu) if shared else nu)
+        count = gate.held(t, state.count) if gate else t
+        return out, ScaleBySnrState(count, mu, _flat(outer, nu) if shared else nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Gated(init, update)
 
 
 def scale_by_snr(
@@ -283,7 +261,7 @@ def scale_by_snr(
 
     Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
     """
-    return _lift(_Rule(signal, noise, storage), _Descent())
+    return _lift(_Rule(signal, noise, storage), Descent())
 
 
 def descend(
@@ -315,4 +293,4 @@ def descend(
     Raises:
       ValueError: as `scale_by_snr`, and if `params` is needed and missing.
     """
-    return _lift(_Rule(signal, noise, storage), _Descent(learning_rate, weight_decay, mask, trust_ratio))
+    return _lift(_Rule(signal, noise, storage), Descent(learning_rate, weight_decay, mask, trust_ratio))

@@ -11,7 +11,7 @@ import snr_adam
 PACKAGE = "snr_adam"
 LAYERS = (
     {"_numerics", "_tree"},
-    {"signal", "noise", "storage"},
+    {"signal", "noise", "storage", "descent"},
     {"transform"},
     {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
     {"control", "optimizers"},
