@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snr_adam.checks import check_scalar
+
 Scalar = float | jax.Array
 Hyper = Scalar | Callable[[Any], Any]
 """A hyper-parameter: a number, a traced scalar, or a schedule (a function of the number of steps taken so far)."""
@@ -50,7 +52,8 @@ def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
     """The value of a hyper-parameter at step t = 1, 2, ...: a Python float if it is known now, else an array (of
     `dtype`)."""
     if callable(hyper):
-        hyper = hyper(t - 1)
+        schedule, hyper = hyper, hyper(t - 1)
+        check_scalar(f"the value of schedule {getattr(schedule, '__name__', schedule)}", hyper, "one real number")
     if isinstance(hyper, (int, float, np.generic, np.ndarray)):
         return float(hyper)
     return jnp.asarray(hyper, dtype)

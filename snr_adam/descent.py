@@ -42,12 +42,12 @@ class Descent(NamedTuple):
         """alpha and lambda of every leaf."""
         if self.alpha is None:
             return [None] * outer.num_leaves, [0.0] * outer.num_leaves
-        alphas = _tree.spread(_resolve(self.alpha, t), outer, updates)
+        alphas = _tree.spread(_resolve(self.alpha, t), outer, updates, "learning_rate")
         decay = _resolve(self.weight_decay, t)
         if self.mask is None:
             return alphas, [decay] * outer.num_leaves
         mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
-        masks = _tree.spread(mask, outer, updates)
+        masks = _tree.spread(mask, outer, updates, "mask")
         return alphas, [_select(on, decay) for on in masks]
 
     def step(self, signal, noise, p, alpha, decay, zero):

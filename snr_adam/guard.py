@@ -24,6 +24,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest, saturate, times
+from snr_adam.checks import check_hyperparams
 from snr_adam.transform import Gate, Gated
 
 
@@ -134,6 +135,14 @@ def guard(
     Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
     Algorithm 1; Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2, for skipping.
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"guard: tx={tx!r} is of type {type(tx).__name__}, no optimizer: write "
+            "guard(snr_adam.adamw(1e-3), clip_norm=1.0)"
+        )
+    check_hyperparams(clip_norm=clip_norm)
+    if not (max_consecutive is None or (isinstance(max_consecutive, int) and max_consecutive >= 1)):
+        raise ValueError(f"guard: max_consecutive={max_consecutive!r}: must be an int >= 1, or None to never give up")
     inner = optax.with_extra_args_support(tx)
     gated = isinstance(tx, Gated)
 

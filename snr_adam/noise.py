@@ -48,6 +48,7 @@ from snr_adam._numerics import (
     value_at,
 )
 from snr_adam._tree import exportable
+from snr_adam.checks import check_fields
 
 
 class _Numbers(NamedTuple):
@@ -78,6 +79,7 @@ class RMS:
     debias: bool = True
     initial: Scalar = 0.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p, self.initial)
@@ -109,6 +111,7 @@ class Maximum:
     eps_root: Hyper = 0.0
     debias: bool = True
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return AverageAndMaximum(square_like(p), square_like(p))
@@ -132,6 +135,7 @@ class Infinity:
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -159,6 +163,7 @@ class Belief:
     eps: Hyper = 1e-16
     eps_root: Hyper = 1e-16
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -182,6 +187,7 @@ class Yogi:
     eps_root: Hyper = 0.0
     initial: Scalar = 1e-6
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p, self.initial)
@@ -230,6 +236,7 @@ class Rectified:
     eps_root: Hyper = 0.0
     threshold: Hyper = 5.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -269,6 +276,7 @@ class Previous:
     eps: Hyper = 1e-6
     clip: Hyper | None = None
     divides_first: ClassVar[bool] = True
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -313,6 +321,7 @@ class Deviation:
     debias: bool = False
     initial: Scalar = 0.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
@@ -343,6 +352,7 @@ class Spread:
     b2: Hyper = 0.95
     eps: Hyper = 1e-8
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)

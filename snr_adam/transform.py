@@ -34,6 +34,7 @@ from snr_adam._numerics import (
     times,
     unseen_zero,
 )
+from snr_adam.checks import check_arguments
 from snr_adam.descent import Descent
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
@@ -114,6 +115,7 @@ class _Rule:
         self.noise: Any = noise.noise if isinstance(noise, Shared) else noise
         self.signal, self.storage = signal, storages.resolve(storage)
         self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
+        self.kept = functools.cache(self._kept)
         if self.axes_of and not self._can_share():
             raise ValueError(
                 f"Shared({self.noise!r}) with storage={storage!r}: sharing needs a noise that keeps one array per "
@@ -138,6 +140,21 @@ class _Rule:
         if shared:
             nu = jnp.mean(nu, shared, keepdims=True)
         return _Stored(*self.storage.encode(self.signal.init(p), nu, dither))
+
+    def _kept(self, dtype) -> list[str]:
+        """The dtypes at rest of the moments of a parameter of `dtype`."""
+        return [str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: self.init(jnp.zeros((), dtype))))]
+
+    def rows(self, outer, updates, state: ScaleBySnrState, shared: bool) -> list[_Stored]:
+        """The moments of every leaf."""
+        stored = _Stored(state.mu, outer.unflatten(state.nu.v) if shared else state.nu)
+        try:
+            return _tree.split(outer, self.memory, stored, updates)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (This optimizer keeps {self.signal}, {self.noise} in {self.storage}; the state's mu is "
+                f"{type(state.mu).__name__}, its nu {type(state.nu).__name__}: of another optimizer or storage?)"
+            ) from None
 
     def at(self, t, dtype) -> _Step:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
@@ -169,6 +186,15 @@ def _in(dtype, x):
     return x.astype(dtype) if isinstance(x, jax.Array) else x
 
 
+def wrong_state(state) -> TypeError:
+    """What to say of a state that `init` has not returned."""
+    return TypeError(
+        f"the state is of type {type(state).__name__}, which is not what this optimizer's init returned. The order is "
+        "update(grads, state, params). A state of optax.adam is taken over by `from_optax`; a checkpoint that comes "
+        "back as dicts or lists is restored again with init(params) as its target"
+    )
+
+
 def _flat(outer, nu) -> SharedNoise:
     return SharedNoise(tuple(outer.flatten_up_to(nu)))
 
@@ -191,14 +217,15 @@ def _lift(rule: _Rule, descent: Descent) -> Gated:
 
     def update(updates, state, params=None, *, gate: Gate | None = None, **extra_args):
         del extra_args
+        if not isinstance(state, ScaleBySnrState):
+            raise wrong_state(state)
         t = optax.safe_increment(state.count)
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)
-        nu = outer.unflatten(state.nu.v) if shared else state.nu
-        rows = _tree.split(outer, rule.memory, _Stored(state.mu, nu))
-        ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
-        _tree.check_shapes(updates, leaves, rows, ps, shared)
+        rows = rule.rows(outer, updates, state, shared)
+        ps = [None] * len(leaves) if params is None else _tree.match(outer, params, updates, "parameters")
+        _tree.check_leaves(updates, leaves, rows, ps, rule.kept, shared)
         if params is None and descent.needs_params:
             raise ValueError(
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
@@ -293,4 +320,5 @@ def descend(
     Raises:
       ValueError: as `scale_by_snr`, and if `params` is needed and missing.
     """
+    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
     return _lift(_Rule(signal, noise, storage), Descent(learning_rate, weight_decay, mask, trust_ratio))

@@ -10,6 +10,7 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
+    {"checks"},
     {"_numerics", "_tree"},
     {"signal", "noise", "storage", "descent"},
     {"transform"},
