@@ -95,7 +95,7 @@ def _round(dtype, x, bits):
     if jnp.iscomplexobj(x):
         return x
     limit = float(jnp.finfo(dtype).max)  # an infinite moment, as float16 makes of 1e5, never comes back
-    return round_to(dtype, jnp.clip(x, -limit, limit) if limit < jnp.finfo(x.dtype).max else x, bits)
+    return round_to(dtype, jnp.clip(x, -limit, limit) if limit < float(jnp.finfo(x.dtype).max) else x, bits)
 
 
 _HIGH = np.uint32(0xFFFF0000)
