@@ -108,7 +108,8 @@ def saturate(x: jax.Array) -> jax.Array:
     """x, its parts cut off at +-`largest`, infinities included; NaN stays NaN.
 
     One square that overflows makes v infinite and the step 0 or NaN for ever. Cut off before the signal and the noise
-    see it, such a gradient has the ratio that a huge one should have, and v forgets it.
+    see it, such a gradient has the ratio that a huge one should have, and v forgets it, if after long: from 2^96 to 1 it
+    takes 67 / (1 - b2) steps. `guard` skips infinities instead.
     """
     limit = largest(x.dtype)
     if jnp.iscomplexobj(x):

@@ -124,8 +124,7 @@ def _kind(x):
 
 
 def _described(x) -> str:
-    kind = _kind(x)
-    return f"type {type(x).__name__}" if kind == jnp.dtype(object) else f"dtype {kind}"
+    return f"dtype {x.dtype}" if hasattr(x, "dtype") else f"type {type(x).__name__} ({repr(x)[:40]})"
 
 
 def check_leaves(updates, leaves, rows, params, kept, shared: bool) -> None:

@@ -41,10 +41,11 @@ _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
 
+_PLAIN = ("learning_rate", "weight_decay", "eps_root", "alpha", "initial", "initial_scale", "clip", "clip_value_fn")
 RANGES = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "eps_root", "alpha", "initial", "initial_scale"), _NOT_NEGATIVE),
+    **dict.fromkeys(_PLAIN, _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "b3", "b", "decay", "momentum"), _DECAY),
-    **dict.fromkeys(("eps", "clip_norm", "clip", "clip_value_fn"), _POSITIVE),
+    **dict.fromkeys(("eps", "clip_norm"), _POSITIVE),
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
