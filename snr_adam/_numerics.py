@@ -104,17 +104,17 @@ def largest(dtype) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 8)
 
 
-def saturate(x: jax.Array) -> jax.Array:
-    """x, its parts cut off at +-`largest`, infinities included; NaN stays NaN.
+def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
+    """x, its parts cut off at +-`largest` times a scale, infinities included; NaN stays NaN.
 
     One square that overflows makes v infinite and the step 0 or NaN for ever. Cut off before the signal and the noise
-    see it, such a gradient has the ratio that a huge one should have, and v forgets it, if after long: from 2^96 to 1 it
-    takes 67 / (1 - b2) steps. `guard` skips infinities instead.
+    see it, such a gradient has the ratio that a huge one should have, and v forgets it, though from 2^96 to 1 takes it
+    67 / (1 - b2) steps. `guard` skips infinities instead.
     """
-    limit = largest(x.dtype)
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(jnp.clip(x.real, -limit, limit), jnp.clip(x.imag, -limit, limit))
-    return jnp.clip(x, -limit, limit)
+        return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
+    limit = jnp.asarray(largest(x.dtype) * scale, x.dtype)
+    return jax.lax.clamp(-limit, x, limit)
 
 
 def root(v: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def root(v: jax.Array) -> jax.Array:
     Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
     signal was not, x / sqrt(v) would be infinite, or NaN once both are gone.
     """
-    return jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
+    return jnp.sqrt(v + float(jnp.finfo(v.dtype).tiny))
 
 
 def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest, saturate, times
+from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest
 from snr_adam.checks import check_hyperparams
 from snr_adam.transform import Gate, Gated
 
@@ -53,30 +53,34 @@ class _Look(NamedTuple):
 
 
 def _look(leaves: list) -> _Look:
-    if not leaves:
-        return _Look(jnp.int32(-1), jnp.float32(0.0))
-    gs = [_tree.as_array(g) for g in leaves]
-    dtype = compute_dtype(*gs)
-    squares, limit = [], jnp.asarray(largest(dtype), dtype)
+    gs = [_tree.as_array(g) if _is_real(g) else None for g in leaves]
+    dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
+    squares = [jnp.zeros((), dtype)]
     for g in gs:
-        limit = jax.lax.optimization_barrier(limit)
-        squares.append(_square(g, limit).astype(dtype))
+        # else leaves of one shape would share their broadcast limit, and look and step the widened gradient: as arrays
+        g, one = jax.lax.optimization_barrier((g, one))
+        squares.append(jnp.zeros((), dtype) if g is None else _square(g, one).astype(dtype))
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
-    first = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+    first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
     return _Look(first, jnp.sqrt(jnp.sum(squares)))
 
 
-def _square(g, limit):
+def _is_real(g) -> bool:
+    """Whether there is anything to look at: integers and the float0 beside them are finite."""
+    return jnp.issubdtype(jnp.result_type(g), jnp.inexact)
+
+
+def _square(g, one):
     """|g|^2 of a whole leaf, cut off: finite if all of g is, else NaN.
 
     g - g is 0, or NaN where g is not finite. XLA's reductions on a CPU take in arithmetic and min, but no select and no
     clamp: those would first write an array as large as the leaf.
     """
     if jnp.iscomplexobj(g):
-        return _square(g.real, limit) + _square(g.imag, limit)
+        return _square(g.real, one) + _square(g.imag, one)
     g = _widen(g)
-    x = jnp.minimum(jnp.abs(g), limit.astype(g.dtype)) + (g - g)
+    x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one.astype(g.dtype)) + (g - g)
     return jnp.sum(x * x)
 
 
@@ -94,10 +98,10 @@ def _scale(norm, clip_norm: Scalar | None):
 
 
 def _scaled(g, scale):
-    if g is None or scale is None:
+    if g is None or scale is None or not _is_real(g):
         return g
     g = _tree.as_array(g)
-    return times(saturate(_widen(g)), scale.astype(compute_dtype(g))).astype(g.dtype)
+    return Gate(True, scale).scaled(_widen(g)).astype(g.dtype)
 
 
 def guard(
@@ -148,7 +152,7 @@ def guard(
 
     def init(params):
         leaves, _ = _tree.flatten(params)
-        numbers = [_tree.as_array(p) for p in leaves if p is not None]
+        numbers = [_tree.as_array(p) for p in leaves if p is not None and _is_real(p)]
         new = functools.partial(_tree.new_scalar, leaves)
         return GuardState(
             inner=inner.init(params),
@@ -168,7 +172,7 @@ def guard(
             scaled = jax.tree.map(lambda g: _scaled(g, gate.scale), updates, is_leaf=_tree.is_none)
             us, new = inner.update(scaled, state.inner, params, **extra_args)
             new = gate.held(new, state.inner)
-        us = jax.tree.map(lambda u: jnp.where(gate.ok, u, -jnp.zeros_like(u)), us)
+        us = jax.tree.map(lambda u: jnp.where(gate.ok, u, -jnp.zeros_like(u)) if _is_real(u) else u, us)
         return us, _after(state, new, gate.ok, look, max_consecutive)
 
     return optax.GradientTransformationExtraArgs(init, update)

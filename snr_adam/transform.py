@@ -80,13 +80,19 @@ class Gate(NamedTuple):
     ok: Any
     scale: Any = None
 
-    def scaled(self, g, zero):
-        """The gradient times the scale. The zero, see `unseen_zero`, keeps the product out of the next sum."""
-        return g if self.scale is None else times(g, self.scale.astype(zero.dtype)) + zero.astype(g.dtype)
+    def scaled(self, g):
+        """The gradient cut off, then scaled; done the other way round, so that no sum gets a product."""
+        if self.scale is None:
+            return saturate(g)
+        scale = self.scale.astype(g.real.dtype)
+        return saturate(times(g, scale), scale)
 
     def held(self, new, old):
         """`new` where the step is taken, else `old`, for trees of one structure."""
         return jax.tree.map(lambda x, y: y if x is y else jnp.where(self.ok, x, y), new, old)
+
+
+_OPEN = Gate(True)
 
 
 class Gated(optax.GradientTransformationExtraArgs):
@@ -241,12 +247,10 @@ def _lift(rule: _Rule, descent: Descent) -> Gated:
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.partial(random_bits, seed=seed, leaf=number)
-            zero = numbers(dtype).zero
-            x = saturate(g.astype(wide))
-            x = gate.scaled(x, zero) if gate else x
+            x = (gate or _OPEN).scaled(g.astype(wide))
             signal, noise, stored = rule.estimate(x, stored, numbers(dtype), dtype, dither, gate)
             p = None if p is None else _tree.as_array(p).astype(wide)
-            zero = zero.astype(wide)
+            zero = numbers(dtype).zero.astype(wide)
             u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay), zero)
             return u.astype(g.dtype), stored
 

@@ -94,7 +94,11 @@ def compiled(name):
     return tx, step, train(tx, good(CLEAN), step)
 
 
-@pytest.mark.parametrize("name", ALL)
+# of the presets, those whose steps differ in form; the others nightly
+OFTEN = set(ALL) - set(cases.PRESETS) | {"adamw", "adopt", "ademamix", "lion", "lamb", "centered_adam"}
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_a_bad_step_has_not_happened(name):
     """At the first step, in the middle and many times in a row, and training goes on as if it had not been."""
     tx, step, (p, state) = compiled(name)
@@ -255,12 +259,15 @@ def test_narrow_parameters_keep_their_remainders(name):
     assert not np.array_equal(p, first[0])
 
 
-@pytest.mark.parametrize(("storage", "most"), [("packed", 30), ("float32", 46), ("bfloat16", 34)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("dtype", "storage", "most"),
+    [("float32", "packed", 30), ("float32", "float32", 46), ("float32", "bfloat16", 34), ("bfloat16", "packed", 22)],
+)
 @pytest.mark.parametrize("leaves", [1, 16])
-def test_clipping_and_skipping_cost_one_read_of_the_gradients(storage, most, leaves):
-    """Bytes per float32 parameter of the whole step, params and state donated. Optax's chain moves 78 and copies 4."""
+def test_clipping_and_skipping_cost_one_read_of_the_gradients(dtype, storage, most, leaves):
+    """Bytes per parameter of the whole step, parameters and state donated. Optax's chain moves 78 and copies 4."""
     size = 2**18
-    shapes = {str(i): jax.ShapeDtypeStruct((size // leaves,), jnp.float32) for i in range(leaves)}
+    shapes = {str(i): jax.ShapeDtypeStruct((size // leaves,), dtype) for i in range(leaves)}
     tx = guard(snr_adam.adamw(1e-3, storage=storage), clip_norm=1.0)
     step = jax.jit(trainer(tx).__wrapped__, donate_argnums=(0, 1))
     made = step.lower(shapes, jax.eval_shape(tx.init, shapes), shapes).compile()
@@ -278,6 +285,17 @@ def test_its_state_is_a_fixed_point_and_can_be_exported():
         jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name="optax.EmptyState")
     data = jax.export.export(step)(p, state, p).serialize()
     same_bits(jax.export.deserialize(data).call(p, state, p), step(p, state, p))
+
+
+def test_mixed_dtypes_and_leaves_that_are_no_numbers(x64):
+    """Each leaf is cut off at its own limit; integers are passed on."""
+    tree = {"narrow": jnp.full(2, 3e38, "float32"), "wide": jnp.full(2, 1.0, "float64"), "whole": jnp.arange(2)}
+    tx = guard(optax.sgd(1.0), clip_norm=1.0)
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    np.testing.assert_allclose(updates["narrow"], -(0.5**0.5), rtol=1e-6)
+    assert [str(updates[x].dtype) for x in ("narrow", "wide", "whole")] == ["float32", "float64", "int64"]
+    _, state = jax.jit(tx.update)({**tree, "wide": jnp.asarray([0.0, jnp.inf])}, state, tree)
+    assert health(state, tree).last_bad == "wide"
 
 
 def test_init_on_shapes():
