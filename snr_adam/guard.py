@@ -202,9 +202,10 @@ class Health(NamedTuple):
     def __str__(self) -> str:
         if not self.skipped:
             return f"no step skipped; gradient norm {self.norm:.3g}"
-        now = f", the last {self.consecutive} in a row" if self.consecutive else ""
+        steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
+        now = f" ({self.consecutive} in a row until now)" if self.consecutive else ""
         hold = "; HOLDING: no step is taken until the state's `holding` is set to False" if self.holding else ""
-        return f"{self.skipped} steps skipped{now}; last non-finite gradient: {self.last_bad}{hold}"
+        return f"{steps} skipped{now}; last non-finite gradient: {self.last_bad}{hold}"
 
 
 def health(state, params) -> Health:
