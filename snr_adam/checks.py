@@ -96,6 +96,7 @@ def check_hyperparams(**hyperparams) -> None:
         if name not in RANGES:
             raise TypeError(f"check_hyperparams: {name} is no hyper-parameter; use one of {sorted(RANGES)}")
         if isinstance(value, jax.core.Tracer):
+            value = value.astype(jnp.result_type(float))
             within = jnp.all(RANGES[name].holds(value, jnp.finfo(value.dtype)))
             checkify.debug_check(within, f"{name}={{x}}: must be {RANGES[name].words}", x=value)
         else:

@@ -25,7 +25,7 @@ import optax
 from snr_adam import _tree
 from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest
 from snr_adam.checks import check_hyperparams
-from snr_adam.transform import Gate, Gated
+from snr_adam.gate import Gate, Gated
 
 
 @_tree.exportable

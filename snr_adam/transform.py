@@ -29,13 +29,12 @@ from snr_adam._numerics import (
     compute_dtype,
     divide,
     random_bits,
-    saturate,
     step_seed,
-    times,
     unseen_zero,
 )
 from snr_adam.checks import check_arguments
 from snr_adam.descent import Descent
+from snr_adam.gate import OPEN, Gate, Gated
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
@@ -68,38 +67,6 @@ class _Step(NamedTuple):
     signal: Any
     noise: Any
     zero: Any
-
-
-class Gate(NamedTuple):
-    """What was decided, from all gradients together, before a step (`guard.py`).
-
-    ok: bool scalar; where it is false the moments and the count stay what they are, and the updates mean nothing.
-    scale: scalar that multiplies the gradients, or None.
-    """
-
-    ok: Any
-    scale: Any = None
-
-    def scaled(self, g):
-        """The gradient cut off, then scaled; done the other way round, so that no sum gets a product."""
-        if self.scale is None:
-            return saturate(g)
-        scale = self.scale.astype(g.real.dtype)
-        return saturate(times(g, scale), scale)
-
-    def held(self, new, old):
-        """`new` where the step is taken, else `old`, for trees of one structure."""
-        return jax.tree.map(lambda x, y: y if x is y else jnp.where(self.ok, x, y), new, old)
-
-
-_OPEN = Gate(True)
-
-
-class Gated(optax.GradientTransformationExtraArgs):
-    """A transformation whose `update` takes `gate=` and then holds its own state: a step of this package and no more.
-
-    The type is the proof. Whoever wraps or chains it makes another type, whose state `guard` has to hold from outside.
-    """
 
 
 @_tree.exportable
@@ -247,7 +214,7 @@ def _lift(rule: _Rule, descent: Descent) -> Gated:
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.partial(random_bits, seed=seed, leaf=number)
-            x = (gate or _OPEN).scaled(g.astype(wide))
+            x = (gate or OPEN).scaled(g.astype(wide))
             signal, noise, stored = rule.estimate(x, stored, numbers(dtype), dtype, dither, gate)
             p = None if p is None else _tree.as_array(p).astype(wide)
             zero = numbers(dtype).zero.astype(wide)

@@ -12,7 +12,7 @@ PACKAGE = "snr_adam"
 LAYERS = (
     {"checks"},
     {"_numerics", "_tree"},
-    {"signal", "noise", "storage", "descent"},
+    {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
     {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
     {"control", "optimizers"},
