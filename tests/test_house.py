@@ -10,8 +10,9 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
+    {"checks"},
     {"_numerics", "_tree"},
-    {"signal", "noise", "storage"},
+    {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
     {"noise_scale", "moments"},
     {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint"},
