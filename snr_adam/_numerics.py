@@ -96,10 +96,15 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
-    """|x|^2 in the shape of v: averaged over the axes along which v has one entry for all of x."""
+def mean_onto(v, x: jax.Array) -> jax.Array:
+    """x in the shape of v: averaged over the axes along which v has one entry for all of x."""
     axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
-    return jnp.mean(abs_sq(x), axes, keepdims=True) if axes else abs_sq(x)
+    return jnp.mean(x, axes, keepdims=True) if axes else x
+
+
+def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
+    """|x|^2 in the shape of v."""
+    return mean_onto(v, abs_sq(x))
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
@@ -107,7 +112,7 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
 
 
-def _mix(x):
+def mix(x):
     """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
@@ -116,8 +121,16 @@ def _mix(x):
 
 def step_seed(count) -> tuple[jax.Array, jax.Array]:
     """Two uint32 words that are unrelated from step to step; computed once for all arrays."""
-    seed = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
-    return seed, _mix(seed)
+    seed = mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    return seed, mix(seed)
+
+
+def element_index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return index
 
 
 def random_bits(shape: tuple[int, ...], stream: int, seed: tuple[jax.Array, jax.Array], leaf: int) -> jax.Array:
@@ -125,14 +138,11 @@ def random_bits(shape: tuple[int, ...], stream: int, seed: tuple[jax.Array, jax.
 
     There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
     Step and leaf enter twice, before and between rounds of mixing, so that no two of them use shifted copies of one
-    sequence. Indices are taken modulo 2^32.
+    sequence.
     """
-    index = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     with np.errstate(over="ignore"):
-        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32((8 * leaf + 2 * stream + 0x85EBCA6B) % 2**32))
-    x = (index ^ before ^ seed[0]) * np.uint32(0x9E3779B1)
+        before, between = mix(np.array([0, 1], np.uint32) + np.uint32((8 * leaf + 2 * stream + 0x85EBCA6B) % 2**32))
+    x = (element_index(shape) ^ before ^ seed[0]) * np.uint32(0x9E3779B1)
     x = (x ^ (x >> 15) ^ between ^ seed[1]) * np.uint32(0x85EBCA77)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE3D)
     return x ^ (x >> 16)

@@ -13,13 +13,13 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
+    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint", "migration"},
     {"control", "optimizers"},
-    {"plots", "__init__"},
+    {"plots", "files", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
-RIM = {"plots": {"matplotlib"}}
+RIM = {"plots": {"matplotlib"}, "files": {"orbax"}}
 
 
 def imported(node) -> list[str]:
@@ -81,6 +81,7 @@ def test_imports_run_one_way():
         ("optimizers", "import importlib"),
         ("optimizers", "__import__('flax')"),
         ("__init__", "from snr_adam.plots import plot"),
+        ("__init__", "from snr_adam.files import save_state"),
         ("__init__", "import matplotlib"),
         ("attic", "import jax"),
     ],
