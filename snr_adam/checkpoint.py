@@ -79,32 +79,40 @@ class Leaf(NamedTuple):
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-def describe(tree) -> list[Leaf]:
+def _describe(tree) -> list[Leaf]:
     """Name, dtype and shape of every leaf, None included, and no digests: reads no bits, takes ShapeDtypeStructs."""
     rows = []
     for path, x in _tree.named_leaves(tree):
         if not (x is None or isinstance(x, (bool, int, float, complex)) or (hasattr(x, "dtype") and x.dtype != object)):
-            raise TypeError(f"leaf {path} is a {type(x).__name__}, which has no bits to read: keep it out of the state")
+            raise _no_bits(path, x)
         x = None if x is None else _tree.as_array(x)
         rows.append(Leaf(path, str(getattr(x, "dtype", None)), tuple(map(int, getattr(x, "shape", ()))), ""))
     return rows
 
 
-def _bits_on_host(x):
+def _no_bits(path: str, x) -> TypeError:
+    return TypeError(f"leaf {path} is a {type(x).__name__}, which has no bits to read: keep it out of the state")
+
+
+def _bits_on_host(path: str, x):
     """None as no words, and NumPy's 64-bit numbers as pairs of words: the device would cut them in half without x64."""
     if x is None:
         return (np.zeros(0, np.uint32),)
+    if _tree.is_abstract(x):
+        raise _no_bits(path, x)
     if isinstance(x, (np.ndarray, np.generic)) and x.dtype.name in ("float64", "int64", "uint64", "complex128"):
         parts = (x.real, x.imag) if np.iscomplexobj(x) else (x,)
         return tuple(np.array(part)[..., None].view(np.uint32) for part in parts)
     return _tree.as_array(x)
 
 
-def _leaf_digests(tree, rows: Sequence[Leaf]):
+def _leaf_digests(tree):
+    """Rows without digests, and the digests."""
+    rows = _describe(tree)
     tokens = [hashlib.blake2b(f"{i} {row.name} {row}".encode(), digest_size=8).digest() for i, row in enumerate(rows)]
     tokens = np.frombuffer(b"".join(tokens), np.uint32).reshape(-1, 2)
-    leaves = [_bits_on_host(x) for x in _tree.flatten(tree)[0]]
-    return _digests(leaves, tokens) if leaves else jnp.zeros((0, 2), jnp.uint32)
+    leaves = [_bits_on_host(path, x) for path, x in _tree.named_leaves(tree)]
+    return rows, _digests(leaves, tokens) if leaves else jnp.zeros((0, 2), jnp.uint32)
 
 
 def digest(tree: Any) -> jax.Array:
@@ -127,7 +135,7 @@ def digest(tree: Any) -> jax.Array:
     >>> print((a == b).any())
     False
     """
-    return jnp.sum(_leaf_digests(tree, describe(tree)), axis=0, dtype=jnp.uint32)
+    return jnp.sum(_leaf_digests(tree)[1], axis=0, dtype=jnp.uint32)
 
 
 def manifest(tree: Any) -> list[Leaf]:
@@ -138,14 +146,14 @@ def manifest(tree: Any) -> list[Leaf]:
     b float32[3] 66e53092d99cefc9
     w float32[2,3] 1cf5c8f20bcc6318
     """
-    rows = describe(tree)
-    digests = np.asarray(_leaf_digests(tree, rows))
+    rows, digests = _leaf_digests(tree)
+    digests = np.asarray(digests)
     return [row._replace(digest=f"{a:08x}{b:08x}") for row, (a, b) in zip(rows, digests, strict=True)]
 
 
 def compare(tree: Any, saved: Sequence[Leaf]) -> None:
     """Raises ValueError, naming the leaf, unless `tree` has the names, dtypes and shapes that a manifest says."""
-    want, got = ({row[0]: Leaf(*row) for row in rows} for rows in (saved, describe(tree)))
+    want, got = ({row[0]: Leaf(*row) for row in rows} for rows in (saved, _describe(tree)))
     lost, new = [n for n in want if n not in got], [n for n in got if n not in want]
     if lost or new:
         raise ValueError(

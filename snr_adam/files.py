@@ -125,9 +125,10 @@ def _read_state(manager, step: int, like):
             f"its arrays cannot be read{where}, a file is damaged or missing: take an older checkpoint. Orbax says: "
             f"{text[:200]}"
         ) from error
-    return jax.tree.map(lambda x, got: x if got is None else got, like, state)
+    return jax.tree.map(lambda x, got: jnp.zeros(x.shape, x.dtype) if got is None else got, like, state)
 
 
 def _without_empty(tree):
     """Arrays of no elements, which Orbax refuses to write, as None; numbers as arrays."""
-    return jax.tree.map(lambda x: None if jnp.size(x) == 0 else _tree.as_array(x), tree)
+    arrays = jax.tree.map(_tree.as_array, tree)
+    return jax.tree.map(lambda x: None if 0 in x.shape else x, arrays)
