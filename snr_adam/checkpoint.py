@@ -48,7 +48,8 @@ def _words(x) -> list[jax.Array]:
     return [(x if whole else jax.lax.bitcast_convert_type(x, f"uint{bits}")).astype(jnp.uint32)]
 
 
-def _sums(x) -> list[jax.Array]:
+@jax.jit
+def _sums(x) -> jax.Array:
     """The two sums over one leaf, in one pass: a reduction of pairs, which reads its input once and stores nothing."""
     words = _words(x)
     pairs = []
@@ -58,13 +59,8 @@ def _sums(x) -> list[jax.Array]:
         pairs.append((a, mix(a ^ i)))
     a, b = (sum(half[1:], half[0]) for half in zip(*pairs, strict=True))
     zero = np.uint32(0)
-    return jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(a.ndim)))
-
-
-@jax.jit
-def _digests(leaves, tokens):
-    """(leaves, 2): the two sums of each leaf and, through its token, its name, dtype and shape."""
-    return mix(jnp.stack([jnp.stack(_sums(x)) for x in leaves]) ^ tokens)
+    both = jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(a.ndim)))
+    return jnp.stack(both)
 
 
 class Leaf(NamedTuple):
@@ -106,19 +102,26 @@ def _bits_on_host(path: str, x):
     return _tree.as_array(x)
 
 
+def _token(place: int, row: Leaf) -> bytes:
+    return hashlib.blake2b(f"{place} {row.name} {row}".encode(), digest_size=8).digest()
+
+
 def _leaf_digests(tree):
-    """Rows without digests, and the digests."""
+    """Rows without digests, and (leaves, 2): the two sums of each leaf and, through its token, its place and type."""
     rows = _describe(tree)
-    tokens = [hashlib.blake2b(f"{i} {row.name} {row}".encode(), digest_size=8).digest() for i, row in enumerate(rows)]
-    tokens = np.frombuffer(b"".join(tokens), np.uint32).reshape(-1, 2)
-    leaves = [_bits_on_host(path, x) for path, x in _tree.named_leaves(tree)]
-    return rows, _digests(leaves, tokens) if leaves else jnp.zeros((0, 2), jnp.uint32)
+    tokens = np.frombuffer(b"".join(_token(i, row) for i, row in enumerate(rows)), "<u4").reshape(-1, 2)
+    sums = [_sums(_bits_on_host(path, x)) for path, x in _tree.named_leaves(tree)]
+    if not sums:
+        return rows, tokens
+    # outside of a trace on the host: leaves may lie on different devices, and one program cannot read them all
+    traced = any(isinstance(pair, jax.core.Tracer) for pair in sums)
+    return rows, mix((jnp.stack(sums) if traced else np.stack(jax.device_get(sums))) ^ tokens)
 
 
 def digest(tree: Any) -> jax.Array:
     """A 64-bit fingerprint of every bit of a tree.
 
-    The sum over the leaves of their digests (see above). One read of the state, on the devices where it lies.
+    The sum of its leaves' digests (see above), computed on the devices where they lie, in one read.
 
     Args:
       tree: parameters, an optimizer's state, or both. Leaves of any dtype, PRNG keys and None included.
@@ -135,7 +138,7 @@ def digest(tree: Any) -> jax.Array:
     >>> print((a == b).any())
     False
     """
-    return jnp.sum(_leaf_digests(tree)[1], axis=0, dtype=jnp.uint32)
+    return jnp.asarray(_leaf_digests(tree)[1].sum(axis=0, dtype=np.uint32))
 
 
 def manifest(tree: Any) -> list[Leaf]:
@@ -147,7 +150,6 @@ def manifest(tree: Any) -> list[Leaf]:
     w float32[2,3] 1cf5c8f20bcc6318
     """
     rows, digests = _leaf_digests(tree)
-    digests = np.asarray(digests)
     return [row._replace(digest=f"{a:08x}{b:08x}") for row, (a, b) in zip(rows, digests, strict=True)]
 
 

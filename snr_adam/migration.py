@@ -57,15 +57,20 @@ def _restore_leaf(m, v, packed: bool):
     if packed:
         return Packed().decode(m, (), jnp.float32)
     dtype = compute_dtype(m, v)
-    return m.astype(complex_like(dtype) if jnp.iscomplexobj(m) else dtype), v.astype(dtype)
+    v = v.real.astype(dtype)  # Optax's v of a complex parameter is complex too, with nothing in its imaginary part
+    return m.astype(complex_like(dtype) if jnp.iscomplexobj(m) else dtype), v
 
 
 def _encode_leaf(m, v, to_m, to_v, dither):
     """m and v of one leaf in the form of `to_m` and `to_v` (None: packed)."""
     if to_v is None:
         return Packed().encode(m, jnp.broadcast_to(v, m.shape), dither)
-    v = mean_onto(to_v, jnp.broadcast_to(v, m.shape))
-    return Cast(None if jnp.iscomplexobj(m) else to_m.dtype, to_v.dtype).encode(m, v, dither)
+    m, v = Cast(*map(_real_dtype, (to_m, to_v))).encode(m, mean_onto(to_v, jnp.broadcast_to(v, m.shape)), dither)
+    return m.astype(to_m.dtype), v.astype(to_v.dtype)
+
+
+def _real_dtype(x):
+    return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.dtype
 
 
 def _move_moments(state, like, where: str):
@@ -128,10 +133,10 @@ def _avals(x):
 
 
 def _kind(x) -> str:
-    is_array = hasattr(x, "dtype")
-    return (
-        f"{x.dtype}{list(x.shape)}" if is_array else f"a {type(x).__name__} {sorted(x) if isinstance(x, dict) else ''}"
-    )
+    if hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    inside = f" of {sorted(x)}" if isinstance(x, dict) else f" of {len(x)}" if isinstance(x, tuple) else ""
+    return f"a {type(x).__name__}{inside}"
 
 
 def _check_one_count(count, scheduled, where: str) -> None:

@@ -177,6 +177,13 @@ def test_the_same_on_any_number_of_devices(spec, axis):
     assert bool(gathered) == (spec != P())
 
 
+def test_leaves_on_different_devices():
+    """No one program could read them all."""
+    whole = {"a": jnp.arange(5.0), "b": jnp.ones((2, 2)), "c": jnp.int32(3)}
+    apart = {k: jax.device_put(x, d) for (k, x), d in zip(whole.items(), jax.devices(), strict=False)}
+    assert bits(digest(apart)) == bits(digest(whole))
+
+
 @functools.cache
 def large():
     return {
