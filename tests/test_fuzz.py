@@ -169,7 +169,11 @@ def test_random_problems_are_solved_as_by_the_recursion(examples):
 
 WIDTH = 8
 PROPERTIES = [(name, "float32") for name in cases.PRESETS] + [("adamw", "packed"), ("adamw", "bfloat16")]
-NUMBER = st.floats(-(2.0**60), 2.0**60, width=32) | st.floats(-(2.0**-60), 2.0**-60, width=32) | st.floats(-10.0, 10.0, width=32)
+NUMBER = (
+    st.floats(-(2.0**60), 2.0**60, width=32)
+    | st.floats(-(2.0**-60), 2.0**-60, width=32)
+    | st.floats(-10.0, 10.0, width=32)
+)
 
 
 @pytest.mark.parametrize(("name", "storage"), PROPERTIES)
