@@ -165,8 +165,8 @@ def compare(tree: Any, saved: Sequence[Leaf]) -> None:
     for leaf, there in got.items():
         if tuple(want[leaf].shape) != there.shape:
             raise ValueError(
-                f"leaf {leaf} was saved with shape {tuple(want[leaf].shape)}, here it has {there.shape}: is this the "
-                "model that was saved?"
+                f"leaf {leaf} was saved with shape {tuple(want[leaf].shape)}, here it has {there.shape}: restore it "
+                "with the model it was saved with"
             )
         if want[leaf].dtype != there.dtype:
             raise ValueError(

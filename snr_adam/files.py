@@ -92,7 +92,7 @@ def _chosen(manager, directory, step: int | None) -> int:
     steps = sorted(manager.all_steps())
     if steps and (step is None or step in steps):
         return steps[-1] if step is None else step
-    found = f"it has {steps}" if steps else "a save that did not finish is none"
+    found = f"it has {steps}, ask for one of them" if steps else "give the directory of a run that has finished a save"
     raise FileNotFoundError(f"no complete checkpoint{'' if step is None else f' {step}'} in {directory}: {found}")
 
 

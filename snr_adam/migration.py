@@ -78,8 +78,8 @@ def _move_moments(state, like, where: str):
     (outer, packed, ms, vs), to = _moments(state, where), _moments(like, where)
     if outer != to.outer:
         raise ValueError(
-            f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {to.outer}: are "
-            "both states of one model?"
+            f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {to.outer}: "
+            "give two states of one model"
         )
     seed, names = step_seed(state.count), [name for name, _ in _tree.named_leaves(state.mu)]
     for i, (m, v) in enumerate(zip(ms, vs, strict=True)):
@@ -87,8 +87,8 @@ def _move_moments(state, like, where: str):
             continue
         if m.shape != to.ms[i].shape:
             raise ValueError(
-                f"the moments of {names[i]} have shape {m.shape}, those of `like` {to.ms[i].shape}: are both states of "
-                "one model?"
+                f"the moments of {names[i]} have shape {m.shape}, those of `like` {to.ms[i].shape}: give two states of "
+                "one model"
             )
         dither = functools.partial(random_bits, seed=seed, leaf=i)
         ms[i], vs[i] = _encode_leaf(*_restore_leaf(m, v, packed), to.ms[i], to.vs[i], dither)
@@ -179,7 +179,10 @@ def _to(kind, state, like):
     like = _in_full(state, kind) if like is None else like
     for what, tree, kinds in (("state", state, (ScaleBySnrState, optax.ScaleByAdamState)), ("like", like, kind)):
         if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=_is_adam)):
-            raise ValueError(f"{what}={type(tree).__name__} holds no {getattr(kinds, '__name__', 'state of an Adam')}")
+            raise ValueError(
+                f"{what} is {_kind(tree)} and holds no {getattr(kinds, '__name__', 'state of an Adam')}: give what the "
+                "`init` or `update` of such an optimizer returns"
+            )
     return _move((), state, like, None)
 
 

@@ -100,10 +100,11 @@ def raw(run):
 
 def resume(folder: pathlib.Path):
     """Goes on from every checkpoint: how many runs did, and which ended otherwise than the uninterrupted one."""
+    at = sorted(int(file.stem) for file in folder.glob("*.pickle"))
     ends, like = pickle.loads((folder / "ends").read_bytes()), {name: start(name) for name in RUNS}
     resumed, wrong = 0, []
     for form, read in READ.items():
-        for k in range(STEPS):
+        for k in at:
             for name, run in read(folder, k, like).items():
                 *_, end = go_on(name, run, k)
                 resumed += 1

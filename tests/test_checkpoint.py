@@ -323,8 +323,14 @@ def edit_manifest(step_dir, old, new):
 
 
 DAMAGE = {
-    "half-written": (half_written, r"no complete checkpoint in .*: a save that did not finish is none"),
-    "truncated": (truncate, r"checkpoint .*/7: its arrays cannot be read \(at leaf layer/w\), a file is damaged"),
+    "half-written": (
+        half_written,
+        r"no complete checkpoint in .*: give the directory of a run that has finished a save",
+    ),
+    "truncated": (
+        truncate,
+        r"checkpoint .*/7: its arrays cannot be read.*, a file is damaged or missing: take an older",
+    ),
     "without arrays": (lambda d: shutil.rmtree(d / "state"), "its arrays cannot be read"),
     "without an array file": (lambda d: arrays_of(d).unlink(), "its arrays cannot be read|layer/w .*is damaged"),
     "without metadata": (lambda d: (d / "state" / "manifest.ocdbt").unlink(), "its arrays cannot be read"),
@@ -396,7 +402,7 @@ def test_a_step_is_not_written_twice(tmp_path):
     save_state(tmp_path, 1, SMALL)
     with pytest.raises(ValueError, match="has a checkpoint 1 already: delete it, or save under a later step"):
         save_state(tmp_path, 1, SMALL)
-    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint 5 in .*: it has \[1\]"):
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint 5 in .*: it has \[1\], ask for one of them"):
         restore_state(tmp_path, SMALL, 5)
 
 

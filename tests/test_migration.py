@@ -194,11 +194,11 @@ APART = (
 ERRORS = {
     "another model's shapes": (
         lambda: from_optax(optax.adam(0.1).init(P), snr_adam.adam(0.1).init(Q)),
-        r"moments of layer/w have shape \(2, 3\), those of `like` \(3, 2\): are both states of one model",
+        r"moments of layer/w have shape \(2, 3\), those of `like` \(3, 2\): give two states of one model",
     ),
     "another model's names": (
         lambda: from_optax(optax.adam(0.1).init(P), snr_adam.adam(0.1).init({"w": jnp.ones(3)})),
-        "moments at 0 belong to parameters of structure .* are both states of one model",
+        "moments at 0 belong to parameters of structure .* give two states of one model",
     ),
     "another chain": (
         lambda: from_optax(optax.adam(0.1).init(P), snr_adam.adamw(0.1).init(P)),
@@ -213,14 +213,17 @@ ERRORS = {
         "the state at .* does not keep one m and one v per parameter .*its nu a AverageAndMaximum.*only",
     ),
     "no v": (lambda: to_optax(snr_adam.lion(0.1).init(P)), "does not keep one m and one v"),
-    "no Adam": (lambda: from_optax(optax.sgd(0.1).init(P)), "state=tuple holds no state of an Adam"),
+    "no Adam": (
+        lambda: from_optax(optax.sgd(0.1).init(P)),
+        "state is a tuple of 2 and holds no state of an Adam: give what",
+    ),
     "like of Optax": (
         lambda: from_optax(optax.adam(0.1).init(P), optax.adam(0.1).init(P)),
-        "like=tuple holds no ScaleBySnrState",
+        "like is a tuple of 2 and holds no ScaleBySnrState: give what",
     ),
     "like of ours": (
         lambda: to_optax(optax.adam(0.1).init(P), snr_adam.adam(0.1).init(P)),
-        "like=tuple holds no ScaleByAdamState",
+        "like is a tuple of 2 and holds no ScaleByAdamState: give what",
     ),
     "counters apart": (
         lambda: from_optax(APART),

@@ -20,24 +20,29 @@ from snr_adam.files import restore_state
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    """What a fresh process made of the checkpoints of every run at every step."""
+EVERY = [pytest.param((0, 3, 10, 19), id="some"), pytest.param(range(runs.STEPS), id="every", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def resumed(request, tmp_path_factory):
+    """Number of steps, and what a fresh process made of the checkpoints of every run after those numbers of steps."""
     folder = tmp_path_factory.mktemp("runs")
     now = {name: runs.start(name) for name in runs.RUNS}
     for k in range(runs.STEPS):
-        runs.write(folder, k, now)
+        if k in request.param:
+            runs.write(folder, k, now)
         now = {name: next(runs.go_on(name, run, k)) for name, run in now.items()}
     (folder / "ends").write_bytes(pickle.dumps({name: runs.raw(run) for name, run in now.items()}))
     child = subprocess.run([sys.executable, HERE / "runs.py", folder], check=True, capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1])
+    return len(request.param), json.loads(child.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", runs.RUNS)
-def test_resumed_in_a_fresh_process_at_every_step(name, resumed):
-    """From step 0 to 19 of 20, through Orbax, pickle and Flax's msgpack."""
-    assert resumed["resumed"] == 3 * runs.STEPS * len(runs.RUNS)
-    assert [where for where in resumed["wrong"] if where[2] == name] == []
+def test_resumed_in_a_fresh_process(name, resumed):
+    """After 0, 3, 10 and 19 of 20 steps (nightly after each), through Orbax, pickle and Flax's msgpack."""
+    times, found = resumed
+    assert found["resumed"] == 3 * times * len(runs.RUNS)
+    assert [where for where in found["wrong"] if where[2] == name] == []
 
 
 @pytest.mark.parametrize("name", runs.RUNS)
