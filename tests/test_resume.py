@@ -63,7 +63,7 @@ def _kill_saves(directory, times):
         parent, child = server.Pipe()
         saver = server.Process(target=runs.save_for_ever, args=(directory, newest + 1, child))
         saver.start()
-        assert parent.poll(60), "the saving process does not save"
+        assert parent.poll(600), "the saving process does not save"
         time.sleep(rng.uniform(0.0, 0.3))
         saver.kill()
         saver.join()
