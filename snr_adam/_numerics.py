@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snr_adam.checks import check_scalar
+
 Scalar = float | jax.Array
 Hyper = Scalar | Callable[[Any], Any]
 """A hyper-parameter: a number, a traced scalar, or a schedule (a function of the number of steps taken so far)."""
@@ -50,7 +52,8 @@ def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
     """The value of a hyper-parameter at step t = 1, 2, ...: a Python float if it is known now, else an array (of
     `dtype`)."""
     if callable(hyper):
-        hyper = hyper(t - 1)
+        schedule, hyper = hyper, hyper(t - 1)
+        check_scalar(f"the value of schedule {getattr(schedule, '__name__', schedule)}", hyper, "one real number")
     if isinstance(hyper, (int, float, np.generic, np.ndarray)):
         return float(hyper)
     return jnp.asarray(hyper, dtype)
@@ -102,9 +105,39 @@ def mean_onto(v, x: jax.Array) -> jax.Array:
     return jnp.mean(x, axes, keepdims=True) if axes else x
 
 
+def largest(dtype) -> float:
+    """The largest gradient that is told from larger ones: 2^48; float64: 2^384. 2^31 of its squares can be summed."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 8)
+
+
+def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
+    """x, its parts cut off at +-`largest` times a scale, infinities included; NaN stays NaN.
+
+    One square that overflows makes v infinite and the step 0 or NaN for ever. Cut off before the signal and the noise
+    see it, such a gradient has the ratio that a huge one should have, and v forgets it, though from 2^96 to 1 takes it
+    67 / (1 - b2) steps. `guard` skips infinities instead.
+    """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
+    limit = jnp.asarray(largest(x.dtype) * scale, x.dtype)
+    return jax.lax.clamp(-limit, x, limit)
+
+
+def root(v: jax.Array) -> jax.Array:
+    """sqrt(v) of a second moment, at least 2^-63 (float64: 2^-511).
+
+    Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
+    signal was not, x / sqrt(v) would be infinite, or NaN once both are gone.
+    """
+    return jnp.sqrt(v + float(jnp.finfo(v.dtype).tiny))
+
+
 def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
     """|x|^2 in the shape of v."""
-    return mean_onto(v, abs_sq(x))
+    square = abs_sq(x)
+    mean = mean_onto(v, square)
+    # the sum over the axes may overflow; their mean is at most this, for complex x and differences of two gradients too
+    return mean if mean is square else jnp.minimum(mean, 8 * largest(x.dtype) ** 2)
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:

@@ -123,7 +123,10 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
             raise ValueError("carry_remainder moves the parameters: call update(grads, state, params), got params=None")
         count = optax.safe_increment(state.count)
         gs, outer = _tree.flatten(updates)
-        ps, rest = outer.flatten_up_to(params), outer.flatten_up_to(state.remainder)
+        ps, rest = (
+            _tree.match(outer, x, updates, what)
+            for x, what in ((params, "parameters"), (state.remainder, "remainders"))
+        )
         olds = [_whole(p, r) for p, r in zip(ps, rest, strict=True)]
         gs = [_widen(g) if g is not None and _is_narrow(p) else g for g, p in zip(gs, ps, strict=True)]
         us, inner = tx.update(outer.unflatten(gs), state.inner, outer.unflatten(olds), **extra_args)
@@ -173,7 +176,7 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
             raise ValueError("round_stochastically needs the parameters: call update(grads, state, params)")
         count = optax.safe_increment(state.count)
         us, outer = _tree.flatten(updates)
-        ps, seed = outer.flatten_up_to(params), step_seed(count)
+        ps, seed = _tree.match(outer, params, updates, "parameters"), step_seed(count)
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)

@@ -10,8 +10,9 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
+    {"checks"},
     {"_numerics", "_tree"},
-    {"signal", "noise", "storage"},
+    {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
     {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint", "migration"},
     {"control", "optimizers"},

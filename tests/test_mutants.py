@@ -98,7 +98,7 @@ def step(change):
 
         return mutant
 
-    return replaced(named("_Descent"), "step", wrong)
+    return replaced(named("Descent"), "step", wrong)
 
 
 def _right_step(right, self, zero):
