@@ -27,7 +27,7 @@ RUNS = {
     "float32": ("float32", lambda: snr_adam.adamw(0.1)),
     "bfloat16": ("float32", lambda: snr_adam.adamw(0.1, storage="bfloat16")),
     "packed": ("float32", lambda: snr_adam.adamw(0.1, storage="packed")),
-    "one moment narrow": ("float32", lambda: snr_adam.nadam(0.1, storage=snr_adam.Cast(nu="float16"))),
+    "one moment narrow": ("float32", lambda: snr_adam.nadam(0.1, storage=snr_adam.Cast(nu="bfloat16"))),
     "shared": ("float32", lambda: snr_adam.descend(0.1, noise=snr_adam.Shared(snr_adam.RMS(), {"block/1": 0}))),
     "two in nu": ("float32", lambda: snr_adam.amsgrad(0.1, storage="bfloat16")),
     "two in mu": ("float32", lambda: snr_adam.ademamix(0.1, storage="bfloat16")),
