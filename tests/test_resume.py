@@ -56,12 +56,11 @@ def test_a_lost_state_would_show(name):
 
 def _kill_saves(directory, times):
     """Kills a process in the middle of its saves, `times` times over, and restores after each."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["runs"])
+    fresh = multiprocessing.get_context("spawn")
     rng, newest, found = random.Random(0), 0, []
     for _ in range(times):
-        parent, child = server.Pipe()
-        saver = server.Process(target=runs.save_for_ever, args=(directory, newest + 1, child))
+        parent, child = fresh.Pipe()
+        saver = fresh.Process(target=runs.save_for_ever, args=(directory, newest + 1, child))
         saver.start()
         assert parent.poll(600), "the saving process does not save"
         time.sleep(rng.uniform(0.0, 0.3))
