@@ -100,6 +100,12 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
+def mean_onto(v, x: jax.Array) -> jax.Array:
+    """x in the shape of v: averaged over the axes along which v has one entry for all of x."""
+    axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
+    return jnp.mean(x, axes, keepdims=True) if axes else x
+
+
 def largest(dtype) -> float:
     """The largest gradient that is told from larger ones: 2^48; float64: 2^384. 2^31 of its squares can be summed."""
     return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 8)
@@ -128,12 +134,11 @@ def root(v: jax.Array) -> jax.Array:
 
 
 def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
-    """|x|^2 in the shape of v: averaged over the axes along which v has one entry for all of x."""
-    axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
-    if not axes:
-        return abs_sq(x)
+    """|x|^2 in the shape of v."""
+    square = abs_sq(x)
+    mean = mean_onto(v, square)
     # the sum over the axes may overflow; their mean is at most this, for complex x and differences of two gradients too
-    return jnp.minimum(jnp.mean(abs_sq(x), axes, keepdims=True), 8 * largest(x.dtype) ** 2)
+    return mean if mean is square else jnp.minimum(mean, 8 * largest(x.dtype) ** 2)
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
@@ -141,7 +146,7 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
 
 
-def _mix(x):
+def mix(x):
     """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
@@ -159,19 +164,27 @@ def seeds_at(count, arrays: int) -> list[Seed]:
     """The seeds of so many arrays at step `count`.
 
     On CPU an array's words are handed out by a branch that is always taken, which hides from the compiler that they
-    are constants. Then the loops over arrays of one shape are equal, and XLA compiles them once: a packed tree of 300
-    leaves in 28 shapes compiles in 3.7 s instead of 5.9.
+    are constants. Then the loops over arrays of one shape are equal, and XLA compiles them once.
     """
     with np.errstate(over="ignore"):
-        words = tuple(_mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
+        words = tuple(mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
     hidden = jax.lax.platform_dependent(
         count,
         cpu=lambda count: jax.lax.cond(count < 0, lambda: words[::-1], lambda: words),
         default=lambda count: words,
     )
-    before = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
-    between = _mix(before)
+    before = mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    between = mix(before)
     return [Seed(before ^ x, between ^ y) for x, y in zip(hidden[::2], hidden[1::2], strict=True)]
+
+
+def element_index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index = index * np.uint32(size % 2**32) + place if axis else place
+    return index
 
 
 def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
@@ -180,23 +193,19 @@ def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
     There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
     """
     with np.errstate(over="ignore"):
-        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32(2 * stream))
+        before, between = mix(np.array([0, 1], np.uint32) + np.uint32(2 * stream))
     return _hash(shape, seed.before ^ before, seed.between ^ between)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
 def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
-    """A hash of every element's place in row-major order, modulo 2^32.
+    """A hash of every element's place.
 
     The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
     The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
     takes two products by constants, as the chi-square tests show.
     """
-    x = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        x = x * np.uint32(size % 2**32) + place if axis else place
-    x = (x ^ before) * np.uint32(0x9E3779B1)
+    x = (element_index(shape) ^ before) * np.uint32(0x9E3779B1)
     x = x ^ (x >> 16) ^ between
     x = x * (x + x + np.uint32(1))
     return x ^ (x >> 16)

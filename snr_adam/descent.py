@@ -64,5 +64,5 @@ class Descent(NamedTuple):
 
 
 def _select(on, decay):
-    """decay where the mask is on, else 0; decided now if the mask is known now."""
-    return (decay if on else 0.0) if isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
+    """decay where the mask is on, else 0; decided now if the mask is known now. A frozen parameter's mask is None."""
+    return (decay if on else 0.0) if on is None or isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
