@@ -38,7 +38,8 @@ weights a_s and of their squares follow by recursion.
 optimizer waits for it, through a zero that no compiler can know: without that XLA copies the moments and the parameters
 before it overwrites them. A and L read 12 bytes per float32 parameter; the rest is one more pass, which asks the
 optimizer for the step it is about to take, made at the first 16 observations and then ever more rarely, down to one
-in 64.
+in 64. Optax's own averages, b m + (1-b) g, have two products, and which of them XLA fuses with the addition changes
+with the program around them: such an optimizer does not wait. Its bits stay the same and the copies are made.
 """
 
 import re
@@ -52,7 +53,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._numerics import abs_sq, compute_dtype
-from snr_adam.moments import find, kinds_in
+from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
 WINDOW = 50
 """Averages over observed steps are plain means of the first 50 and forget at that rate from then on."""
@@ -468,7 +469,9 @@ def observe(
         weights = _advance(state.weights, solve(first, ones), solve(second, 1.0), start)
         new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
 
-        gs = [g if g is None else _wait(g, zero | other) for g in leaves]
+        gs = leaves
+        if rounds_in_one_way(state.inner):
+            gs = [g if g is None else _wait(g, zero | other) for g in leaves]
         out, inner = tx.update(outer.unflatten(gs), state.inner, params, **extra_args)
         return out, new._replace(inner=inner)
 

@@ -155,8 +155,7 @@ def _compiled(tx, shape=BIG):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("optax.adamw", 28),  # A: g. L: g and m. Rarely, one pass over g, m, v and p.
-        ("snr_adam.adamw", 28),
+        ("snr_adam.adamw", 28),  # A: g. L: g and m. Rarely, one pass over g, m, v and p.
         ("snr_adam.adamw, packed", 20),
         ("optax.sgd", 24),
     ],
