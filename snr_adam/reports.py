@@ -67,9 +67,11 @@ class _Raw:
         total = {field.name: np.nansum(getattr(self, field.name), keepdims=True) for field in dataclasses.fields(self)}
         power = np.where(np.isfinite(self.persistent), self.gradient_sq - self.persistent, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
+            for key in ("persistent", "persistent_var"):  # unknown for one leaf, unknown for all
+                total[key] = np.sum(getattr(self, key), keepdims=True)
             weight = self.noise_sq / np.nansum(self.noise_sq)
             total["floor_sq"] = np.nansum(self.floor_sq * weight, keepdims=True)
-            total["snr_var"] = np.nansum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
+            total["snr_var"] = np.sum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
         return _Raw(**total)
 
     def columns(self, batch_size) -> dict[str, np.ndarray]:

@@ -99,8 +99,8 @@ def test_nothing_changes(name):
 
 def test_nothing_changes_inside_multi_steps():
     grads = list(gradients(8))
-    want, inner = _train(optax.MultiSteps(optax.adamw(0.01), 2), tree(), grads)
-    got, state = _train(optax.MultiSteps(snr_adam.observe(optax.adamw(0.01)), 2), tree(), grads)
+    want, inner = _train(optax.MultiSteps(snr_adam.adamw(0.01), 2), tree(), grads)
+    got, state = _train(optax.MultiSteps(snr_adam.observe(snr_adam.adamw(0.01)), 2), tree(), grads)
     _assert_same_bits(got, want)
     _assert_same_bits(state.inner_opt_state.inner, inner.inner_opt_state)
     assert snr_adam.report(state).step == 4
