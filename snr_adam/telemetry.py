@@ -344,7 +344,7 @@ def _blank(inner, observed, leaves) -> ObserveState:
     vectors = Moving, Recursion, Recursion, Weights, Detail
     sizes = n + 1, n, n, n, n
     axis = jnp.asarray(axes, jnp.int32)
-    own = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
+    own: Any = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
     if abstract:
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
     return ObserveState(inner, *own)
@@ -431,7 +431,7 @@ def observe(
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
         def look():
-            before = find(state.inner, outer, leaves)
+            before: list[Any] = find(state.inner, outer, leaves)
             power, product = [], []
             for leaf in observed:
                 g, (m, _) = _wide(leaves[leaf.number]), before[leaf.number].read()
@@ -446,7 +446,9 @@ def observe(
 
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
-            us, before, after = outer.flatten_up_to(us), find(state.inner, outer, leaves), find(inner, outer, leaves)
+            us = outer.flatten_up_to(us)
+            before: list[Any] = find(state.inner, outer, leaves)
+            after: list[Any] = find(inner, outer, leaves)
             learnt = solve(state.first, ones), solve(state.second, 1.0)
             least = _level(*learnt, state.weights) * state.weights.square / state.weights.second
             rows = []

@@ -13,8 +13,9 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"noise_scale"},
+    {"moments", "noise_scale"},
     {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint"},
+    {"reports"},
     {"control", "advice", "optimizers"},
     {"plots", "__init__"},
 )
