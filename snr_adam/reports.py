@@ -271,11 +271,11 @@ def _read(state: ObserveState):
         strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
         by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
         forgets = 1 - 1 / min(max(seen, 2), 50)
-        of_m = [
+        rhos, decays, newest = [
             np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
             for x in (rho, decay, np.where(weights[0] > 0, gain / weights[0], 0.0))
         ]
-        var_x, var_snr = _errors(moving, square, *of_m, forgets * of_m[1] ** (count / max(seen, 1)))
+        var_x, var_snr = _errors(moving, square, rhos, decays, newest, forgets * decays ** (count / max(seen, 1)))
         power = moving[0] if seen else np.full(len(names) + 1, np.nan)
         noise = np.where(detail.counted > 0, detail.second / weights[2], power[:-1])
         signal = np.where(weights[0] > 0, detail.first / weights[0] ** 2, np.nan)
