@@ -13,15 +13,22 @@ No second moment enters, so it holds for any optimizer with momentum and does no
 *Floor.* Noise passes m^ too: E |m^|^2 = |G|^2 + rho tr(Sigma) with rho = sum a_s^2 / (sum a_s)^2, for an EMA
 (1-b)(1+b^t) / ((1+b)(1-b^t)). Pure noise shows a pseudo-SNR |m^| / |v^|^(1/2) of sqrt(rho): 0.23 for b1 = .9.
 
-*Standard error.* With l = L / A the error of the SNR is that of z_t = (L_t - l A_t) / A, by the delta method:
+*Standard error.* With l = L / A the error of the SNR is that of z_t = (L_t - l A_t) / A, by the delta
+method:
 
-    Var SNR = sum w^2 (E z^2 + 2 q / (1-q) (rho + (1 - 2l) (1-b) / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
+    Var SNR = sum w^2 (Var z + 2 q / (1-q) (rho + (1 - 2l) a_1 / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
 
-w are the weights of the steps, E z^2 is measured. The second term is the autocorrelation of L_t. Where all is noise it
+w are the weights of the steps, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise it
 is 0: L_t is a martingale difference. Where there is signal, x_s enters L_s through <G, x_s> and again, through m, all
 later ones: V = G' Sigma G / A^2 is that part of Var L, taking it that the signal lies in the directions where the noise
-lies; q = a b^k with a the decay of the average and k the steps between two observations. Left out, the error of L would
-be half of what it is. Less signal than about 2 errors cannot be told from none.
+lies; a_1 is the weight of the newest gradient in m^ (1-b for an EMA), q = a b^k with a the decay of the average and k
+the steps between two observations. Left out, the error of L would be half of what it is. Where the SNR is above 1 the
+second term is negative and the difference of the two uncertain; it is kept above its value for Gaussian noise,
+
+    ((1 - 2l)^2 + rho) V + (rho + 2 l^2) V (1-l) / l       in place of Var z where that is less.
+
+The error of L itself is the same with l = 0 in the brackets and Var(L/A) for Var z. Less signal than about 2 errors
+cannot be told from none: the limit of detection, which `noise_scale` turns into ">= limit".
 
 *Decays* are not asked for but measured: least squares of m_t on m_{t-1} and g_t gives decay and gain of every leaf,
 whatever comes before the moment (a clipped gradient has a smaller gain) and however it is stored. The sums of the
@@ -31,7 +38,8 @@ weights a_s and of their squares follow by recursion.
 optimizer waits for it, through a zero that no compiler can know: without that XLA copies the moments and the parameters
 before it overwrites them. A and L read 12 bytes per float32 parameter; the rest is one more pass, which asks the
 optimizer for the step it is about to take, made at the first 16 observations and then ever more rarely, down to one
-in 64.
+in 64. Optax's own averages, b m + (1-b) g, have two products, and which of them XLA fuses with the addition changes
+with the program around them: such an optimizer does not wait. Its bits stay the same and the copies are made.
 """
 
 import re
@@ -44,23 +52,23 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import abs_sq, compute_dtype, unseen_zero
-from snr_adam.moments import find, kinds_in
+from snr_adam._numerics import abs_sq, compute_dtype
+from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
 WINDOW = 50
 """Averages over observed steps are plain means of the first 50 and forget at that rate from then on."""
 _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
-_PRIOR, _GUESS = 1e-4, 1e-8
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
+_BEND = 2.42  # see _level
 
 
 @_tree.exportable
 class Moving(NamedTuple):
     """Averages over observed steps, each float32 of shape (L + 1,): one per leaf or slice, the last for all together.
 
-    gradient_sq, persistent: A and L. aa, ax, xx: the mean squares and product of A_t and L_t, each divided by the A of
-    its time, which the standard error is made of.
+    gradient_sq, persistent: A and L. aa, ax, xx: the variances and the covariance of A_t and L_t in units of the A of
+    their time, which the standard error is made of (after West 1979, so that nothing cancels).
     """
 
     gradient_sq: Any
@@ -219,8 +227,10 @@ def solve(r: Recursion, one):
     One element has one equation per step, and a constant gradient the same one again and again: hence the priors. An
     average has `one` = 1, a sum 0.
     """
-    a, b, n = r.old_old + (_PRIOR * one + _GUESS), r.old_in + _PRIOR * one, r.in_in + _PRIOR
-    e, f = r.new_old + (_PRIOR * one + 0.9 * _GUESS), r.new_in + _PRIOR
+    prior = jnp.minimum(1e-4, 1e-3 * r.old_old + 1e-9)  # weak also where a clip leaves little of the gradients
+    guess = 1e-4 * prior
+    a, b, n = r.old_old + (prior * one + guess), r.old_in + prior * one, r.in_in + prior
+    e, f = r.new_old + (prior * one + 0.9 * guess), r.new_in + prior
     scale = 1 / (a * n - b * b)
     return jnp.clip((e * n - f * b) * scale, 0.0, 1 - 1e-7), jnp.maximum((f * a - e * b) * scale, 0.0)
 
@@ -251,10 +261,12 @@ def _average(state: ObserveState, power, persistent):
     gain = jnp.maximum(1 / (n + 1), 1 / WINDOW)
     a, x = _with_total(power), _with_total(persistent)
     old = state.moving
-    mean = old.gradient_sq + gain * (a - old.gradient_sq)
+    da, dx = a - old.gradient_sq, x - old.persistent
+    mean = old.gradient_sq + gain * da
     scale = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
-    ra, rx = a * scale, x * scale
-    new = Moving(mean, *(o + gain * (y - o) for o, y in zip(old[1:], (x, ra * ra, ra * rx, rx * rx), strict=True)))
+    ra, rx = da * scale, dx * scale
+    spreads = zip(old[2:], (ra * ra, ra * rx, rx * rx), strict=True)
+    new = Moving(mean, old.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads))
     usable = (state.count > 0) & jnp.isfinite(a[-1]) & jnp.isfinite(x[-1])
     square = (1 - gain) ** 2 * state.square + gain**2
     new = (new, square, state.seen + 1)
@@ -279,7 +291,20 @@ def _examine(state: ObserveState, sums):
     return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
 
 
-def _elements(g, old, new, p, u, weights: Weights, leaf: _Leaf):
+def _level(first, second, weights: Weights):
+    """The square of m^ / (rho v^)^(1/2) that noise exceeds in 5 % of cases: 3.84, less what v^ owes to m^ itself.
+
+    Of v^, a share kappa moves with m^^2, which calls for 3.84 / (1 + 2.84 kappa). The rest of its variance, 2 rho_v -
+    2 kappa^2, widens the tail: by half the curvature of the normal tail over its slope there, 1.21.
+    """
+    (d, _), (_, gain) = first, second
+    newest = jnp.clip(gain / jnp.where(weights.second > 0, weights.second, 1.0), 0.0, 1.0)
+    kappa = newest * (1 - d * d) / (1 - (1 - newest) * d * d)
+    rest = newest / (2 - newest) - kappa * kappa
+    return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
+
+
+def _elements(g, old, new, p, u, least, leaf: _Leaf):
     """The sums over the elements of one leaf that `_examine` takes."""
 
     def along(x):
@@ -292,7 +317,7 @@ def _elements(g, old, new, p, u, weights: Weights, leaf: _Leaf):
     hits = counted = jnp.zeros((), jnp.float32)
     if v is not None:
         counted = (abs_sq(g) > 0) & (v > 0)
-        hits = counted & (abs_sq(m) * along(weights.second) > _LEVEL * along(weights.square) * v)
+        hits = counted & (abs_sq(m) > along(least) * v)
     v, v1 = (jnp.zeros((), jnp.float32) if x is None else x for x in (v, v1))
     p = jnp.nan if p is None else abs_sq(_wide(p))
     u = abs_sq(_wide(u))
@@ -319,7 +344,7 @@ def _blank(inner, observed, leaves) -> ObserveState:
     vectors = Moving, Recursion, Recursion, Weights, Detail
     sizes = n + 1, n, n, n, n
     axis = jnp.asarray(axes, jnp.int32)
-    own = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
+    own: Any = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
     if abstract:
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
     return ObserveState(inner, *own)
@@ -329,15 +354,21 @@ def _before_the_step(due, measure, old, t):
     """measure() if it is due, else old; and a zero that depends on it, for `_wait`."""
     return jax.lax.cond(
         due,
-        lambda: (measure(), unseen_zero(t, jnp.float32)),
-        lambda: (old, jnp.float32(-0.0)),
+        lambda: (measure(), jnp.where(t > 0, 0, 1).astype(jnp.uint32)),
+        lambda: (old, jnp.uint32(0)),
     )
 
 
 def _wait(g, zero):
-    """g, once `zero` is known: -0, which changes no bit of it."""
+    """g, once `zero` is known: no bit of it changes. An integer operation, because a floating-point one would let the
+    compiler fuse what comes after it in another way."""
     g = _tree.as_array(g)
-    return g + zero.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else g
+    if jnp.iscomplexobj(g):
+        return jax.lax.complex(_wait(g.real, zero), _wait(g.imag, zero))
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+        return g
+    word = jnp.dtype(f"uint{8 * g.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(g, word) | zero.astype(word), g.dtype)
 
 
 def observe(
@@ -378,6 +409,11 @@ def observe(
 
     def init(params):
         inner = tx.init(params)
+        if "MultiStepsState" in kinds_in(inner):
+            raise ValueError(
+                "observe: most gradients that MultiSteps is given do not reach the moment; observe what is inside of "
+                "MultiSteps instead: optax.MultiSteps(snr_adam.observe(tx), k)"
+            )
         leaves, outer = _tree.flatten(params)
         observed = _observed(params, find(inner, outer, leaves), layer_axis)
         if not observed and any(x is not None for x in leaves):
@@ -395,7 +431,7 @@ def observe(
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
         def look():
-            before = find(state.inner, outer, leaves)
+            before: list[Any] = find(state.inner, outer, leaves)
             power, product = [], []
             for leaf in observed:
                 g, (m, _) = _wide(leaves[leaf.number]), before[leaf.number].read()
@@ -410,12 +446,16 @@ def observe(
 
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
-            us, before, after = outer.flatten_up_to(us), find(state.inner, outer, leaves), find(inner, outer, leaves)
+            us = outer.flatten_up_to(us)
+            before: list[Any] = find(state.inner, outer, leaves)
+            after: list[Any] = find(inner, outer, leaves)
+            learnt = solve(state.first, ones), solve(state.second, 1.0)
+            least = _level(*learnt, state.weights) * state.weights.square / state.weights.second
             rows = []
             for leaf in observed:
                 i = leaf.number
                 moments = before[i].read(), after[i].read()
-                rows.append(_elements(_wide(leaves[i]), *moments, ps[i], us[i], state.weights, leaf))
+                rows.append(_elements(_wide(leaves[i]), *moments, ps[i], us[i], least, leaf))
             columns = zip(*rows, strict=True) if rows else [[]] * 12
             return _examine(state, [_join(list(column), 0) for column in columns])
 
@@ -431,7 +471,9 @@ def observe(
         weights = _advance(state.weights, solve(first, ones), solve(second, 1.0), start)
         new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
 
-        gs = [g if g is None else _wait(g, zero + other) for g in leaves]
+        gs = leaves
+        if rounds_in_one_way(state.inner):
+            gs = [g if g is None else _wait(g, zero | other) for g in leaves]
         out, inner = tx.update(outer.unflatten(gs), state.inner, params, **extra_args)
         return out, new._replace(inner=inner)
 
