@@ -9,6 +9,7 @@ squares. A member of the family is a choice of how the one and the other are est
     snr_adam.scale_by_snr(EMA(0.9), RMS(0.999))             by its parts, for use in `optax.chain`
 """
 
+from snr_adam.history import History as History
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation

@@ -13,7 +13,7 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
+    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint", "history"},
     {"control", "optimizers"},
     {"plots", "__init__"},
 )
