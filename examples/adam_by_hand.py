@@ -89,7 +89,7 @@ def gradient(w, batch):
     return jax.grad(loss)(w, images[batch], labels[batch])
 
 
-BATCH, UPDATES = 32, 2000
+BATCH, UPDATES = 32, 1600
 batches = rng.integers(0, len(labels), (UPDATES, BATCH))  # which digits each update sees
 
 
@@ -177,7 +177,7 @@ def size(x):
 
 gs, signals, ws = (np.asarray(x) for x in record(batches))
 times = np.arange(1, UPDATES + 1)
-looks = np.arange(0, UPDATES, 50)
+looks = np.arange(0, UPDATES, 100)
 noises = np.stack([spread(w) for w in ws[looks]]) / np.sqrt(BATCH)
 strong = np.argsort(np.abs(true))[-200:]
 one = strong[np.argmax(np.abs(true[strong]) / noises[0, strong])]  # of the strongest signals, the clearest

@@ -21,7 +21,7 @@ def told(tmp_path_factory):
 
 def test_the_hand_written_adam_is_that_of_the_package(told):
     assert 0 < told.difference < told.allowed
-    assert told.t == told.UPDATES == 2000
+    assert told.t == told.UPDATES == 1600
 
 
 def test_the_signal_goes_and_the_noise_stays(told):
