@@ -112,7 +112,8 @@ def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: 
         image.set_interpolation("auto")  # averages where layers outnumber pixels, instead of leaving some out
     bar = axes.figure.colorbar(image, ax=axes, label=_UNITS.get(key, key), extend="both", pad=0.01)
     if key == "pseudo_snr":
-        bar.set_ticks(list(_MULTIPLES), labels=list(_MULTIPLES.values()))
+        ticks = {x: name for x, name in _MULTIPLES.items() if x <= bar.ax.get_ylim()[1]}  # more would stretch the bar
+        bar.set_ticks(list(ticks), labels=list(ticks.values()))
         bar.ax.minorticks_off()
     _name_layers(axes, [history.names[i] for i in chosen])
     return _finish(axes, "Layers over time", _STEPS)
