@@ -46,15 +46,17 @@ _UNITS = {
     "gradient_norm": f"norm of the gradient ({_GRADIENT})",
     "pseudo_snr": "SNR, as a multiple of its floor",
     "significant": "share of parameters that differ from noise",
-    "effective_step": "effective step (units of weight)",
+    "snr": "SNR of one gradient, corrected (a ratio of powers)",
+    "effective_step": "effective step (RMS of the update / RMS of the parameters)",
     "update_rms": "RMS of the update (units of weight)",
     "param_rms": "RMS of the parameters (units of weight)",
-    "noise_scale": "noise scale (samples)",
 }
 
 
 def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
-    """Signal and noise over time, of one layer or of all together.
+    """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
+
+    Both without what passes an average of pure noise: from `persistent`, which estimates |G|^2, and `gradient_norm`.
 
     Args:
       history: a `History` or reports.
@@ -62,11 +64,16 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
       axes: where to draw; None for a new figure.
 
     Returns:
-      The axes: gradients in units of the loss per unit of weight, against steps.
+      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, which is two
+      standard errors, a signal cannot be told from none.
     """
     history, axes = _history(history), _axes(axes)
-    _line(axes, history, _of(history, "noise", layer), "--", ORANGE, "noise: how mini-batches differ")
-    _line(axes, history, _of(history, "signal", layer), "-", BLUE, "signal: what they agree on")
+    power, persistent = _of(history, "gradient_norm", layer) ** 2, _of(history, "persistent", layer)
+    noise = np.sqrt(np.maximum(power - persistent, 0))
+    least = noise * np.sqrt(2 * _of(history, "snr_error", layer))
+    _line(axes, history, noise, "--", ORANGE, "noise: how mini-batches differ")
+    _line(axes, history, np.sqrt(np.maximum(persistent, 0)), "-", BLUE, "signal: what they agree on")
+    _line(axes, history, least, ":", GRAY, "floor: less signal cannot be seen")
     axes.set_ylim(bottom=0)
     return _finish(axes, "Signal and noise" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
 
@@ -156,32 +163,31 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
 
     Args:
       history: a `History` or reports.
-      batch_size: the samples per update, drawn as a line if given.
+      batch_size: the examples in a batch, as given to `report`; None if none was given: then all is in batches.
       axes: where to draw; None for a new figure.
     """
     history, axes = _history(history), _axes(axes)
     scale, error, limit = (history.total[f"noise_scale{end}"] for end in ("", "_error", "_limit"))
-    known = (scale > 0) & np.isfinite(scale) & ~(scale >= limit)
+    known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(limit) & (limit > 0)
     value = np.where(known, scale, np.nan)
     low, high = np.maximum(value - 1.96 * error, value / 10), value + 1.96 * error
     axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
-    _line(axes, history, value, "-", BLUE, "noise scale")
-    beyond = ~known & (limit > 0) & np.isfinite(limit)
+    _line(axes, history, value, "-", BLUE, "noise scale: as much signal as noise")
     if beyond.any():
         axes.plot(history.steps[beyond], limit[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
-    if batch_size is not None:
-        axes.axhline(batch_size, ls="--", color=GRAY, label=f"batch size used: {batch_size:,}")
-    if known.any() or beyond.any() or batch_size:
-        axes.set_yscale("log")
+    used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
+    axes.axhline(batch_size or 1, ls="--", color=GRAY, label=used)
+    axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_THOUSANDS)
-    return _finish(axes, "Noise scale", _STEPS, "noise scale (samples)")
+    return _finish(axes, "Noise scale", _STEPS, f"noise scale ({'batches' if batch_size is None else 'examples'})")
 
 
 def overview(history: Reports, batch_size: float | None = None) -> Figure:
     """All the pictures in one figure, 1,400 pixels wide when saved as it is."""
     history = _history(history)
-    figure = _figure(14, 9)
-    ((top,), (bottom,)) = figure.subfigures(2, 1, squeeze=False)
+    layers = _height(history.names)
+    figure = _figure(14, 5 + layers)
+    ((top,), (bottom,)) = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, layers))
     left, middle, right = top.subplots(1, 3)
     signal_and_noise(history, axes=left)
     snr(history, axes=middle)
@@ -224,7 +230,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
 
 
-def _height(layers: Sequence[int]) -> float:
+def _height(layers: Sequence[Any]) -> float:
     """Inches for so many layers' names, one below the other."""
     return 3.0 + 0.15 * min(len(layers), _NAMED_LAYERS)
 

@@ -36,10 +36,11 @@ def fake_reports(times: int, layers: int, every: int = 10, seed: int = 0):
         columns = {key: rng.lognormal(size=layers) for key in QUANTITIES}
         columns |= {"signal": signal, "noise": noise, "floor": np.full(layers, rho**0.5)}
         columns["pseudo_snr"] = np.sqrt((signal**2 + rho * noise**2) / (signal**2 + noise**2))
-        columns["persistent"] = np.full(layers, np.nan)
+        columns |= {"persistent": signal**2, "gradient_norm": np.sqrt(signal**2 + noise**2)}
+        columns["param_rms"] = np.full(layers, np.nan)
         total = {key: float(values.mean()) for key, values in columns.items()}
         scale = 32 * noise.mean() ** 2 / signal.mean() ** 2
         total |= {"noise_scale": scale, "noise_scale_error": 0.2 * scale, "noise_scale_limit": 1e4}
-        if i == times - 1:
+        if scale > 1e4:
             total |= {"noise_scale": np.inf, "noise_scale_error": np.inf}
         yield SimpleNamespace(step=step, names=names, columns=columns, total=total)

@@ -13,8 +13,9 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint", "history"},
-    {"control", "optimizers"},
+    {"moments", "noise_scale"},
+    {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint", "history"},
+    {"control", "advice", "optimizers", "reports"},
     {"plots", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
