@@ -85,7 +85,7 @@ def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) ->
     """
     history, axes = _history(history), _axes(axes)
     seen, floor = _of(history, "pseudo_snr", layer), _of(history, "floor", layer)
-    _line(axes, history, seen, "-", GREEN, "signal / noise, as the optimizer sees it")
+    _line(axes, history, seen, "-", GREEN, "SNR as the optimizer sees it")
     _line(axes, history, floor, "--", GRAY, f"floor: pure noise shows {floor[-1]:.2f}")
     above = {"where": seen > floor, "color": GREEN, "alpha": 0.15, "lw": 0}
     axes.fill_between(history.steps, floor, seen, label="_above the floor", **above)
@@ -123,7 +123,7 @@ def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: 
         bar.set_ticks(list(ticks), labels=list(ticks.values()))
         bar.ax.minorticks_off()
     _name_layers(axes, [history.names[i] for i in chosen])
-    return _finish(axes, "Layers over time", _STEPS)
+    return _finish(axes, "Every layer over time", _STEPS)
 
 
 def depth(history: Reports, layers: str = "", axes: Axes | None = None) -> Axes:

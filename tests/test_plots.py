@@ -57,7 +57,7 @@ def test_a_layer_can_be_chosen(history):
 def test_the_floor_is_drawn_and_named(history):
     axes = plots.snr(history)
     drawn = lines(axes)
-    np.testing.assert_array_equal(drawn["signal / noise, as the optimizer sees it"][1], history.total["pseudo_snr"])
+    np.testing.assert_array_equal(drawn["SNR as the optimizer sees it"][1], history.total["pseudo_snr"])
     np.testing.assert_array_equal(drawn["floor"][1], history.total["floor"])
     assert "floor: pure noise shows 0.23" in legend(axes)
     (shade,) = axes.collections  # from the floor to the SNR
