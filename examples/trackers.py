@@ -56,21 +56,28 @@ class TensorBoard:
 
 
 class Table:
-    """A CSV file with a row per look, on the disk at once: what was seen stays also if the run is killed."""
+    """A CSV file with a row per look, on the disk at once: what was seen stays also if the run is killed.
+
+    Some numbers are not there at every look (a noise scale, where there is too little signal to measure it). When one
+    appears for the first time the file is written anew, with one more column.
+    """
 
     def __init__(self, path: Path):
-        self.file = path.open("w", newline="")
-        self.rows = None
+        self.path, self.rows, self.columns = path, [], ["step"]
 
     def write(self, step, metrics, layers):
-        if self.rows is None:
-            self.rows = csv.DictWriter(self.file, ["step", *metrics])
-            self.rows.writeheader()
-        self.rows.writerow({"step": step, **metrics})
-        self.file.flush()
+        self.rows.append({"step": step, **metrics})
+        new = [name for name in metrics if name not in self.columns]
+        self.columns += new
+        anew = bool(new) or len(self.rows) == 1
+        with self.path.open("w" if anew else "a", newline="") as file:
+            table = csv.DictWriter(file, self.columns)
+            if anew:
+                table.writeheader()
+            table.writerows(self.rows if anew else self.rows[-1:])
 
     def close(self):
-        self.file.close()
+        pass
 
 
 def train(trackers: list[Tracker], updates: int) -> snr_adam.History:
@@ -94,9 +101,9 @@ def train(trackers: list[Tracker], updates: int) -> snr_adam.History:
     for number, batch in enumerate(tqdm(batches, unit=" updates", disable=None), start=1):
         params, opt_state, loss = step(params, opt_state, batch)
         if number % EVERY == 0:
-            seen = snr_adam.report(opt_state)
+            seen = snr_adam.report(opt_state, BATCH)
             history.append(seen)
-            metrics = {"train/loss": float(loss), **snr_adam.metrics(opt_state)}
+            metrics = {"train/loss": float(loss), **snr_adam.metrics(opt_state, batch_size=BATCH)}
             layers = {f"layers/{key}": seen.columns[key] for key in LAYERS}
             for tracker in trackers:
                 tracker.write(number, metrics, layers)
