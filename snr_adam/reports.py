@@ -165,8 +165,8 @@ class Report:
         unit = "batches" if self.batch_size is None else "examples"
         return (
             "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, floor what noise "
-            "shows;\nsnr a ratio of powers; significant: share of elements, 5% in pure noise; effective_step: rms of the "
-            f"update over that of the parameters; noise scale in {unit}"
+            "shows;\nsnr a ratio of powers; significant: share of elements, 5% in pure noise; effective_step: rms of "
+            f"the update over that of the parameters; noise scale in {unit}"
         )
 
     def _cells(self) -> list[list[str]]:

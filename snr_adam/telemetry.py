@@ -401,6 +401,11 @@ def observe(
 
     def init(params):
         inner = tx.init(params)
+        if "MultiStepsState" in kinds_in(inner):
+            raise ValueError(
+                "observe: most gradients that MultiSteps is given do not reach the moment; observe what is inside of "
+                "MultiSteps instead: optax.MultiSteps(snr_adam.observe(tx), k)"
+            )
         leaves, outer = _tree.flatten(params)
         observed = _observed(params, find(inner, outer, leaves), layer_axis)
         if not observed and any(x is not None for x in leaves):
