@@ -89,7 +89,7 @@ def train(name: str, tx: optax.GradientTransformation, wrong: float, epochs: int
         carry, loss = epoch(carry, batch)
         losses.append(np.asarray(loss, float))
         if name == "Adam":
-            reports.append(snr_adam.report(carry[1]))
+            reports.append(snr_adam.report(carry[1], BATCH))
     right = nnx.merge(graph, carry[0])(x_held_out).argmax(axis=1) == y_held_out
     return Run(np.concatenate(losses), float(right.mean()), reports)
 
@@ -122,18 +122,19 @@ def draw(runs: dict[str, Run], epochs: int, wrong: float, out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper right", handlelength=1.6, borderaxespad=0)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=130)
 
 
 def closing(run: Run) -> str:
     """What one sees, in numbers: all layers together, after the first epoch and after the last."""
     early, late = (run.reports[i].total for i in (0, -1))
+    begin = early["persistent"] ** 0.5
     # Less signal than two standard errors cannot be told from none.
     least = late["noise"] * max(late["snr"], 2 * late["snr_error"]) ** 0.5
-    fold = f"{'at least ' if late['snr'] < 2 * late['snr_error'] else ''}{early['signal'] / least:.0f}-fold"
+    fold = f"{'at least ' if late['snr'] < 2 * late['snr_error'] else ''}{begin / least:.0f}-fold"
     noise = "fell too" if late["noise"] < 0.8 * early["noise"] else "did not fall"
     return (
-        f"The signal fell {fold}, from {early['signal']:.3f}; "
+        f"The signal fell {fold}, from {begin:.2f}; "
         f"the noise {noise}: {early['noise']:.2f}, then {late['noise']:.2f}.\n"
         f"The SNR fell from {early['pseudo_snr']:.2f} to {late['pseudo_snr']:.3f}; "
         f"pure noise would show {late['floor']:.3f}."

@@ -93,7 +93,8 @@ def test_with_right_labels_the_noise_falls_too(noisy, clean):
 def test_what_is_said_at_the_end_is_what_was_seen(noisy):
     begin, end = (noisy.run.reports[i].total for i in (0, -1))
     least = end["noise"] * np.sqrt(max(end["snr"], 2 * end["snr_error"]))
-    assert f"{begin['signal'] / least:.0f}-fold, from {begin['signal']:.3f}" in noisy.said
+    signal = begin["persistent"] ** 0.5
+    assert f"{signal / least:.0f}-fold, from {signal:.2f};" in noisy.said
     assert f"The SNR fell from {begin['pseudo_snr']:.2f} to {end['pseudo_snr']:.3f}" in noisy.said
     assert "pure noise would show 0.160" in noisy.said
 
