@@ -57,7 +57,7 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
     """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
 
     Both without what passes an average of pure noise: from `persistent`, which estimates |G|^2, and `gradient_norm`,
-    averages that reach back some 50 observed steps; so they come late where gradients shrink fast, as at the very start.
+    averages that reach back some 50 observed steps: they come late where gradients shrink fast, as at the very start.
 
     Args:
       history: a `History` or reports.
