@@ -173,7 +173,8 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     value = np.where(known, scale, np.nan)
     low, high = np.maximum(value - 1.96 * error, value / 10), value + 1.96 * error
     axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
-    _line(axes, history, value, "-", BLUE, "noise scale: as much signal as noise")
+    # dots, for a number between two limits would be a line of length 0
+    axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
     if beyond.any():
         axes.plot(history.steps[beyond], limit[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
     used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
