@@ -83,6 +83,13 @@ def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) ->
     """The SNR that the optimizer sees, over time, and the floor: what pure noise would show. Evidence is what is above.
 
     Args, Returns: as for `signal_and_noise`.
+
+    >>> from types import SimpleNamespace
+    >>> totals = {10: {"pseudo_snr": 0.9, "floor": 0.33}, 20: {"pseudo_snr": 0.5, "floor": 0.26}}
+    >>> seen = [SimpleNamespace(step=t, names=(), columns={}, total=total) for t, total in totals.items()]
+    >>> axes = snr(seen)
+    >>> axes.get_ylabel(), [line.get_ydata().tolist() for line in axes.get_lines()]
+    ('SNR (a ratio; 1 is all signal)', [[0.9, 0.5], [0.33, 0.26]])
     """
     history, axes = _history(history), _axes(axes)
     seen, floor = _of(history, "pseudo_snr", layer), _of(history, "floor", layer)

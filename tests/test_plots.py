@@ -193,6 +193,6 @@ def test_pyplot_is_not_touched():
 def test_a_large_heat_map_takes_less_than_a_second(tmp_path):
     history = History(fake_reports(300, 2000))
     plots.heat_map(History(fake_reports(2, 2))).figure.savefig(tmp_path / "small.png")  # loads the fonts
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor, so that other work on the machine does not count
     plots.heat_map(history).figure.savefig(tmp_path / "large.png")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
