@@ -17,7 +17,7 @@ from snr_adam._numerics import compute_dtype
 from snr_adam.noise import AverageAndMaximum
 from snr_adam.signal import FastAndSlow
 from snr_adam.storage import Packed
-from snr_adam.transform import SharedNoise
+from snr_adam.transform import ScaleBySnrState, SharedNoise
 
 _FIRST = ("mu", "trace", "ema", "m1", "m")
 _SUMS = ("trace",)  # not averages: m := b m + g
@@ -89,6 +89,11 @@ def find(state, outer, leaves) -> list[Moments | None]:
                 nu = nu if _is_array(nu) and nu.ndim == len(mu.shape) else None
                 found[i] = Moments(mu, nu, _field(owner) in _SUMS)
     return found
+
+
+def rounds_in_one_way(state) -> bool:
+    """Whether each sum that makes a moment has one product, so that no compiler can choose which of two to fuse."""
+    return all(isinstance(owner, (ScaleBySnrState, optax.TraceState)) for owner in _owners(state))
 
 
 def kinds_in(state) -> str:

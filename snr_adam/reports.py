@@ -67,9 +67,11 @@ class _Raw:
         total = {field.name: np.nansum(getattr(self, field.name), keepdims=True) for field in dataclasses.fields(self)}
         power = np.where(np.isfinite(self.persistent), self.gradient_sq - self.persistent, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
+            for key in ("persistent", "persistent_var"):  # unknown for one leaf, unknown for all
+                total[key] = np.sum(getattr(self, key), keepdims=True)
             weight = self.noise_sq / np.nansum(self.noise_sq)
             total["floor_sq"] = np.nansum(self.floor_sq * weight, keepdims=True)
-            total["snr_var"] = np.nansum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
+            total["snr_var"] = np.sum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
         return _Raw(**total)
 
     def columns(self, batch_size) -> dict[str, np.ndarray]:
@@ -269,11 +271,11 @@ def _read(state: ObserveState):
         strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
         by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
         forgets = 1 - 1 / min(max(seen, 2), 50)
-        of_m = [
+        rhos, decays, newest = [
             np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
             for x in (rho, decay, np.where(weights[0] > 0, gain / weights[0], 0.0))
         ]
-        var_x, var_snr = _errors(moving, square, *of_m, forgets * of_m[1] ** (count / max(seen, 1)))
+        var_x, var_snr = _errors(moving, square, rhos, decays, newest, forgets * decays ** (count / max(seen, 1)))
         power = moving[0] if seen else np.full(len(names) + 1, np.nan)
         noise = np.where(detail.counted > 0, detail.second / weights[2], power[:-1])
         signal = np.where(weights[0] > 0, detail.first / weights[0] ** 2, np.nan)

@@ -38,7 +38,8 @@ weights a_s and of their squares follow by recursion.
 optimizer waits for it, through a zero that no compiler can know: without that XLA copies the moments and the parameters
 before it overwrites them. A and L read 12 bytes per float32 parameter; the rest is one more pass, which asks the
 optimizer for the step it is about to take, made at the first 16 observations and then ever more rarely, down to one
-in 64.
+in 64. Optax's own averages, b m + (1-b) g, have two products, and which of them XLA fuses with the addition changes
+with the program around them: such an optimizer does not wait. Its bits stay the same and the copies are made.
 """
 
 import re
@@ -51,14 +52,13 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import abs_sq, compute_dtype, unseen_zero
-from snr_adam.moments import find, kinds_in
+from snr_adam._numerics import abs_sq, compute_dtype
+from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
 WINDOW = 50
 """Averages over observed steps are plain means of the first 50 and forget at that rate from then on."""
 _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
-_PRIOR, _GUESS = 1e-4, 1e-8
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
 _BEND = 2.42  # see _level
 
@@ -227,8 +227,10 @@ def solve(r: Recursion, one):
     One element has one equation per step, and a constant gradient the same one again and again: hence the priors. An
     average has `one` = 1, a sum 0.
     """
-    a, b, n = r.old_old + (_PRIOR * one + _GUESS), r.old_in + _PRIOR * one, r.in_in + _PRIOR
-    e, f = r.new_old + (_PRIOR * one + 0.9 * _GUESS), r.new_in + _PRIOR
+    prior = jnp.minimum(1e-4, 1e-3 * r.old_old + 1e-9)  # weak also where a clip leaves little of the gradients
+    guess = 1e-4 * prior
+    a, b, n = r.old_old + (prior * one + guess), r.old_in + prior * one, r.in_in + prior
+    e, f = r.new_old + (prior * one + 0.9 * guess), r.new_in + prior
     scale = 1 / (a * n - b * b)
     return jnp.clip((e * n - f * b) * scale, 0.0, 1 - 1e-7), jnp.maximum((f * a - e * b) * scale, 0.0)
 
@@ -342,7 +344,7 @@ def _blank(inner, observed, leaves) -> ObserveState:
     vectors = Moving, Recursion, Recursion, Weights, Detail
     sizes = n + 1, n, n, n, n
     axis = jnp.asarray(axes, jnp.int32)
-    own = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
+    own: Any = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
     if abstract:
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
     return ObserveState(inner, *own)
@@ -352,15 +354,21 @@ def _before_the_step(due, measure, old, t):
     """measure() if it is due, else old; and a zero that depends on it, for `_wait`."""
     return jax.lax.cond(
         due,
-        lambda: (measure(), unseen_zero(t, jnp.float32)),
-        lambda: (old, jnp.float32(-0.0)),
+        lambda: (measure(), jnp.where(t > 0, 0, 1).astype(jnp.uint32)),
+        lambda: (old, jnp.uint32(0)),
     )
 
 
 def _wait(g, zero):
-    """g, once `zero` is known: -0, which changes no bit of it."""
+    """g, once `zero` is known: no bit of it changes. An integer operation, because a floating-point one would let the
+    compiler fuse what comes after it in another way."""
     g = _tree.as_array(g)
-    return g + zero.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else g
+    if jnp.iscomplexobj(g):
+        return jax.lax.complex(_wait(g.real, zero), _wait(g.imag, zero))
+    if not jnp.issubdtype(g.dtype, jnp.floating):
+        return g
+    word = jnp.dtype(f"uint{8 * g.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(g, word) | zero.astype(word), g.dtype)
 
 
 def observe(
@@ -423,7 +431,7 @@ def observe(
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
         def look():
-            before = find(state.inner, outer, leaves)
+            before: list[Any] = find(state.inner, outer, leaves)
             power, product = [], []
             for leaf in observed:
                 g, (m, _) = _wide(leaves[leaf.number]), before[leaf.number].read()
@@ -438,7 +446,9 @@ def observe(
 
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
-            us, before, after = outer.flatten_up_to(us), find(state.inner, outer, leaves), find(inner, outer, leaves)
+            us = outer.flatten_up_to(us)
+            before: list[Any] = find(state.inner, outer, leaves)
+            after: list[Any] = find(inner, outer, leaves)
             learnt = solve(state.first, ones), solve(state.second, 1.0)
             least = _level(*learnt, state.weights) * state.weights.square / state.weights.second
             rows = []
@@ -461,7 +471,9 @@ def observe(
         weights = _advance(state.weights, solve(first, ones), solve(second, 1.0), start)
         new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
 
-        gs = [g if g is None else _wait(g, zero + other) for g in leaves]
+        gs = leaves
+        if rounds_in_one_way(state.inner):
+            gs = [g if g is None else _wait(g, zero | other) for g in leaves]
         out, inner = tx.update(outer.unflatten(gs), state.inner, params, **extra_args)
         return out, new._replace(inner=inner)
 

@@ -15,7 +15,8 @@ LAYERS = (
     {"transform"},
     {"moments", "noise_scale"},
     {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint", "history"},
-    {"control", "advice", "optimizers", "reports"},
+    {"reports"},
+    {"control", "advice", "optimizers"},
     {"plots", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
