@@ -84,9 +84,19 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
+def signal_table() -> str:
+    """A report as it prints, and what it is of."""
+    seen = load("signal")
+    return (
+        f"```\n{seen['table']}\n```\n\nMade with the heat map by `examples/see_the_signal.py`: a transformer of "
+        f"{seen['blocks']} blocks, {seen['steps']} updates on {seen['batch']} windows of Python source each, "
+        "b1 = b2 = 0.95, its layers in groups."
+    )
+
+
 def render(text: str) -> str:
     """The README with every table between its marks made anew."""
-    for mark, table in (("storage", storage_table()), ("quality", quality_table())):
+    for mark, table in (("signal", signal_table()), ("storage", storage_table()), ("quality", quality_table())):
         pattern = rf"<!-- {mark} -->.*?<!-- /{mark} -->"
         text, n = re.subn(
             pattern, lambda _, t=table, m=mark: f"<!-- {m} -->\n{t}\n<!-- /{m} -->", text, flags=re.DOTALL

@@ -57,12 +57,13 @@ SHARE_AFTER, CUTOFF = 500, 10.0
 
 
 class Size(NamedTuple):
-    """Width of the model, bytes that it reads, windows of so many bytes per batch, and windows held out."""
+    """Width of the model, bytes that it reads, windows of so many bytes per batch, windows held out, and blocks."""
 
     width: int = 96
     context: int = 64
     batch: int = 16
     held_out: int = 3072
+    layers: int = 2
 
 
 class Block(nnx.Module):
@@ -85,7 +86,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
         self.token, self.position = (nnx.Embed(n, size.width, rngs=rngs) for n in (256, size.context))
-        self.blocks = nnx.List([Block(size.width, rngs) for _ in range(2)])
+        self.blocks = nnx.List([Block(size.width, rngs) for _ in range(size.layers)])
         self.norm = nnx.LayerNorm(size.width, use_bias=False, rngs=rngs)
         self.head = nnx.Linear(size.width, 256, use_bias=False, rngs=rngs)
 

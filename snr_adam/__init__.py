@@ -16,6 +16,7 @@ from snr_adam.checks import check_hyperparams as check_hyperparams
 from snr_adam.guard import GuardState as GuardState
 from snr_adam.guard import guard as guard
 from snr_adam.guard import health as health
+from snr_adam.history import History as History
 from snr_adam.migration import from_optax as from_optax
 from snr_adam.migration import to_optax as to_optax
 from snr_adam.noise import RMS as RMS

@@ -1,9 +1,12 @@
 """The examples run, and what they tell the reader is true of the numbers they computed."""
 
 import contextlib
-import importlib.util
+import csv
+import importlib
 import io
+import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
+from tensorboardX.proto.event_pb2 import Event
 
 import snr_adam
 from snr_adam import telemetry
@@ -21,13 +26,15 @@ EPOCHS = 48
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(EXAMPLES))  # examples import each other, as they do when they are run
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 digits, hundred_thousand, noise_scale = load("digits"), load("hundred_thousand"), load("noise_scale")
+trackers, see_the_signal = load("trackers"), load("see_the_signal")
 
 
 class Told(NamedTuple):
@@ -55,34 +62,44 @@ def clean(tmp_path_factory):
     return run_digits(["--clean"], tmp_path_factory.mktemp("clean"))
 
 
-def begin_and_end(run):
-    """All layers together, in the first epoch and in the last quarter of the run."""
-    n = len(run.loss)
-    parts = digits.measure(run, 0, n // EPOCHS), digits.measure(run, n * 3 // 4, n)
-    return [digits.Measured(*(float(x[-1]) for x in part)) for part in parts]
+def begin_and_end(told):
+    """All layers together: after the first epoch, and on average over the last quarter of the run."""
+    reports = told.run.reports
+    late = reports[-len(reports) // 4 :]
+    return reports[0].total, {key: np.mean([report.total[key] for report in late]) for key in reports[0].total}
 
 
 def test_with_wrong_labels_the_signal_goes_and_the_noise_stays(noisy):
-    begin, end = begin_and_end(noisy.run)
-    floor = digits.floor(len(noisy.run.loss))
-    assert begin.signal > begin.limit
-    assert max(end.signal, end.limit) < begin.signal / 4
-    assert end.noise > 0.9 * begin.noise
-    assert begin.snr > 2.5 * floor
-    assert abs(end.snr / floor - 1) < 0.1
-    assert end.step == pytest.approx(digits.RATES["Adam"] * floor, rel=0.3)  # so the weights' step is noise, too
+    begin, end = begin_and_end(noisy)
+    floor = snr_adam.EMA(digits.BETA).floor(10**4) ** 0.5
+    assert begin["snr"] > 3 * begin["snr_error"]
+    assert abs(end["persistent"]) < begin["persistent"] / 16
+    assert end["noise"] > 0.9 * begin["noise"]
+    assert begin["pseudo_snr"] > 2.5 * floor
+    assert abs(end["pseudo_snr"] / floor - 1) < 0.1
+    assert end["update_rms"] == pytest.approx(
+        digits.RATES["Adam"] * floor, rel=0.3
+    )  # so the weights' step is noise, too
     assert noisy.run.accuracy > 0.9
 
 
 def test_with_right_labels_the_noise_falls_too(noisy, clean):
-    begin, end = begin_and_end(clean.run)
-    assert max(end.signal, end.limit) < begin.signal / 8
-    assert end.noise < 0.7 * begin.noise
-    assert end.noise < 0.5 * begin_and_end(noisy.run)[1].noise
-    assert abs(end.snr / digits.floor(len(clean.run.loss)) - 1) < 0.1
+    begin, end = begin_and_end(clean)
+    assert abs(end["persistent"]) < begin["persistent"] / 64
+    assert end["noise"] < 0.7 * begin["noise"]
+    assert end["noise"] < 0.5 * begin_and_end(noisy)[1]["noise"]
     assert clean.run.accuracy > 0.95
     assert "the noise fell too" in clean.said
     assert "the noise did not fall" in noisy.said
+
+
+def test_what_is_said_at_the_end_is_what_was_seen(noisy):
+    begin, end = (noisy.run.reports[i].total for i in (0, -1))
+    least = end["noise"] * np.sqrt(max(end["snr"], 2 * end["snr_error"]))
+    signal = begin["persistent"] ** 0.5
+    assert f"{signal / least:.0f}-fold, from {signal:.2f};" in noisy.said
+    assert f"The SNR fell from {begin['pseudo_snr']:.2f} to {end['pseudo_snr']:.3f}" in noisy.said
+    assert "pure noise would show 0.160" in noisy.said
 
 
 def test_a_share_of_the_training_labels_is_wrong_and_no_held_out_one():
@@ -92,35 +109,28 @@ def test_a_share_of_the_training_labels_is_wrong_and_no_held_out_one():
         np.testing.assert_array_equal(right[i], given[i])
 
 
-@pytest.mark.parametrize("mean", [0.0, 0.02, 3.0])
-def test_measure_finds_a_known_signal_and_noise(mean):
-    steps, size, spread, b = 4000, 200, 0.5, digits.BETA
-    gradients = mean + spread * np.random.default_rng(0).normal(size=(steps, size))
-    m, v = np.zeros((2, size))
-    sums = np.zeros((2, steps, 1))
-    for t, g in enumerate(gradients):
-        m, v = b * m + (1 - b) * g, b * v + (1 - b) * g**2
-        sums[:, t, 0] = (m**2).sum(), v.sum()
-    run = digits.Run(np.zeros(steps), 0.0, ["all"], (*sums, sums[0]))
-    got = digits.measure(run, 0, steps)
-    assert got.noise[0] == pytest.approx(spread * size**0.5, rel=0.02)
-    if mean:
-        assert got.signal[0] == pytest.approx(mean * size**0.5, rel=0.1)
-        assert got.signal[0] > got.limit[0]
-        assert got.signal_text(0) == f"{got.signal[0]:.3f}"
-    else:
-        assert got.signal[0] <= got.limit[0]
-        assert got.signal_text(0) == f"<{got.limit[0]:.3f}"
-        assert got.snr[0] == pytest.approx(digits.floor(steps), rel=0.05)
+def test_the_tables_are_the_first_and_the_last_report(noisy):
+    layers = ("hidden/bias", "hidden/kernel", "out/bias", "out/kernel")
+    assert noisy.run.reports[0].names == layers
+    n = len(noisy.run.loss) // EPOCHS
+    assert [report.step for report in noisy.run.reports] == [n * (epoch + 1) for epoch in range(EPOCHS)]
+    for epoch in (1, EPOCHS):
+        assert f"Epoch {epoch}\n{noisy.run.reports[epoch - 1]}\n" in noisy.said
 
 
-def test_table_has_every_layer_over_all_epochs(noisy):
-    rows = [line.split() for line in noisy.said.split("Held-out")[0].splitlines()[1:] if line]
-    assert noisy.run.layers == ["hidden.bias", "hidden.kernel", "out.bias", "out.kernel", "all"]
-    spans = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-48"]
-    assert [row[:2] for row in rows] == [[layer, span] for layer in noisy.run.layers for span in spans]
-    snr = {(row[0], row[1]): float(row[4]) for row in rows}
-    assert all(snr[layer, "1"] > 1.5 * snr[layer, "33-48"] for layer in noisy.run.layers)
+def test_the_panels_hold_the_reports(noisy, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    runs = {"Adam": noisy.run, "gradient descent": noisy.run._replace(reports=[])}
+    digits.draw(runs, EPOCHS, digits.WRONG, noisy.picture)
+    left, middle, right = figures[0].axes
+    steps = [report.step for report in noisy.run.reports]
+    assert [len(axes.get_lines()) for axes in (left, middle, right)] == [3, 3, 2]
+    seen, floor = right.get_lines()
+    np.testing.assert_array_equal(seen.get_xydata().T, [steps, [r.total["pseudo_snr"] for r in noisy.run.reports]])
+    np.testing.assert_array_equal(floor.get_ydata(), [r.total["floor"] for r in noisy.run.reports])
+    assert "floor: pure noise shows 0.16" in [text.get_text() for text in right.get_legend().get_texts()]
+    assert all(axes.get_xlabel() == "updates (mini-batches of 32 digits)" for axes in (left, middle, right))
 
 
 @pytest.mark.parametrize("which", ["noisy", "clean"])
@@ -226,3 +236,84 @@ def test_no_epochs_is_refused(example, capsys):
     with pytest.raises(SystemExit):
         example.main(["--epochs", "0"])
     assert "at least 1 epoch" in capsys.readouterr().err
+
+
+def events(folder):
+    """The scalars and the histograms of TensorBoard's files: (name, step) -> a number, or how many numbers."""
+    found = {}
+    for path in folder.iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+            for value in event.summary.value:
+                number = value.histo.num if value.HasField("histo") else value.simple_value
+                found[value.tag, event.step] = number
+    return found
+
+
+def test_trackers_are_told_what_the_reports_say(tmp_path, capsys):
+    trackers.main(["--updates", "60", "--out", str(tmp_path)])
+    history = snr_adam.History.load(tmp_path / "history.npz")
+    np.testing.assert_array_equal(history.steps, [20, 40, 60])
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    told = events(tmp_path / "tensorboard")
+    for i, (step, row) in enumerate(zip(history.steps, rows, strict=True)):
+        assert int(row["step"]) == step
+        assert float(row["snr/gradient_norm"]) == pytest.approx(history.total["gradient_norm"][i])
+        for name, value in row.items():
+            if value and name != "step":
+                assert told[name, step] == pytest.approx(float(value), rel=1e-5)
+        assert told["layers/noise", step] == len(history.names)
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_a_table_takes_numbers_that_come_and_go(tmp_path):
+    table = trackers.Table(tmp_path / "metrics.csv")
+    for step, metrics in enumerate(({"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}, {})):
+        table.write(step, metrics, {})
+    table.close()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["a"], row["b"]) for row in rows] == [
+        ("0", "1.0", ""),
+        ("1", "2.0", "3.0"),
+        ("2", "", "4.0"),
+        ("3", "", ""),
+    ]
+
+
+def test_see_the_signal_in_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(see_the_signal, "EVERY", 10)
+    size = see_the_signal.SIZE._replace(width=16, context=16, batch=4, layers=1)
+    results = tmp_path / "signal.json"
+    reports = see_the_signal.main(
+        ["--steps", "20", "--out", str(tmp_path / "new" / "signal.png"), "--json", str(results)], size
+    )
+    said = capsys.readouterr().out
+    assert [report.step for report in reports] == [10, 20]
+    table = json.loads(results.read_text())["table"]
+    assert table == str(reports[-1].group(see_the_signal.GROUPS))
+    assert table in said
+    grouped = reports[-1].group(see_the_signal.GROUPS)
+    assert grouped.columns["size"].sum() == reports[-1].columns["size"].sum()  # every layer is in a group
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["signal.png"]
+
+
+@pytest.mark.slow
+def test_what_the_readme_says_of_the_heat_map():
+    reports, _ = see_the_signal.train(see_the_signal.STEPS)
+    history = snr_adam.History(reports)
+    ratio, at = history.columns["pseudo_snr"] / history.columns["floor"], history.steps
+    first, plateau, last = (
+        ratio[at == 20][0],
+        ratio[(at >= 75) & (at <= 110)].mean(axis=0),
+        ratio[at > 150].mean(axis=0),
+    )
+    attention = [history.names.index(f"blocks/0/attention/{name}/kernel") for name in ("query", "key")]
+    assert (first > 1.5).all()
+    assert np.mean(plateau < 1.1) > 0.7
+    assert (plateau[attention] > 1.5).all()
+    assert np.mean(last > plateau) > 0.7

@@ -1,0 +1,213 @@
+"""Reports over time: what was seen while training, kept, saved and read again.
+
+A report is what an optimizer tells at one step: one number per layer and quantity. A history is T of them:
+
+    steps    (T,)                         when
+    columns  quantity -> (T, L)           per layer, in the order of `names`
+    total    quantity -> (T,)             over all layers
+
+    history = History()
+    history.append(report(opt_state))                   every now and then, while training
+    history.save("run.npz")                             or .jsonl, one line per report: any tool reads it
+    History.load("run.npz").columns["noise"][:, 3]
+
+A room of its own because it knows about files and nothing else: a report is anything with `step`, `names`, `columns`
+and `total`. Both formats give back the same bits, also of nan (a quantity that the optimizer does not have) and
+infinities, for which strict JSON has no numbers: there they are null, "inf" and "-inf".
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+_FORMAT = "snr_adam history, version 1"
+
+
+class Series(Mapping):
+    """Quantities by name, each an array whose first axis is time. It is put together when it is asked for."""
+
+    def __init__(self):
+        self._rows: dict[str, list[np.ndarray]] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._rows:
+            raise KeyError(f"no quantity {key!r}; there are {', '.join(self._rows) or 'none yet'}")
+        return np.array(self._rows[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _cut(self, length: int) -> None:
+        for rows in self._rows.values():
+            del rows[length:]
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            self._rows.setdefault(key, []).append(np.array(value, np.float64))
+
+
+class History:
+    """Reports of one run, in the order of their steps.
+
+    Args:
+      reports: reports to begin with, if any.
+
+    Attributes:
+      names: the layers, L strings; () before the first report.
+      columns: a mapping from each quantity to a float64 array (T, L), one row per report and one column per layer.
+      total: a mapping from each quantity to a float64 array (T,), over all layers.
+
+    >>> from types import SimpleNamespace
+    >>> history = History()
+    >>> for step in (10, 20):
+    ...     columns = {"noise": np.array([0.5, float(step)])}
+    ...     history.append(SimpleNamespace(step=step, names=("in", "out"), columns=columns, total={"noise": 9.0}))
+    >>> history.steps, history.columns["noise"][:, 1], history.total["noise"]
+    (array([10, 20]), array([10., 20.]), array([9., 9.]))
+    """
+
+    def __init__(self, reports: Iterable[Any] = ()):
+        self._steps: list[int] = []
+        self.names: tuple[str, ...] = ()
+        self.columns, self.total = Series(), Series()
+        for report in reports:
+            self.append(report)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The steps of the reports, an int64 array (T,) that grows strictly."""
+        return np.array(self._steps, np.int64)
+
+    def append(self, report) -> None:
+        """Adds a report; it replaces those of its step and of later ones.
+
+        So a run that goes on from an older checkpoint writes over what it repeats, and reading one report twice does
+        no harm.
+
+        Raises:
+          ValueError: if its layers or quantities are not those of the reports before.
+        """
+        step, names = int(report.step), tuple(report.names)
+        if self._steps:
+            _same("layers", self.names, names, step)
+            _same("quantities", tuple(self.columns), tuple(report.columns), step)
+            _same("totals", tuple(self.total), tuple(report.total), step)
+        for key, values in report.columns.items():
+            if np.shape(values) != (len(names),):
+                raise ValueError(f"the report of step {step} has {np.shape(values)} of {key!r} for {len(names)} layers")
+        keep = int(np.searchsorted(self._steps, step))
+        del self._steps[keep:]
+        self.columns._cut(keep)
+        self.total._cut(keep)
+        self.names = names
+        self._steps.append(step)
+        self.columns._append(report.columns)
+        self.total._append(report.total)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file, as .npz (small, fast) or as .jsonl (text, one line per report) by the end of its name.
+
+        The file appears whole or not at all, so a run that is killed leaves the file of the save before.
+        """
+        path = Path(path)
+        write = _of(_WRITERS, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            write(self, unfinished)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "History":
+        """Reads what `save` wrote; the same bits come back.
+
+        Raises:
+          ValueError: if the file's name ends in neither .npz nor .jsonl, or if it holds something else.
+        """
+        return cls(_of(_READERS, Path(path))(Path(path)))
+
+
+def _same(what: str, before: tuple[str, ...], now: tuple[str, ...], step: int) -> None:
+    """Refuses a report that is not like those before it, and says what has changed."""
+    if before == now:
+        return
+    found = [f"new: {', '.join(new)}"] if (new := [x for x in now if x not in before]) else []
+    found += [f"gone: {', '.join(gone)}"] if (gone := [x for x in before if x not in now]) else []
+    changed = "; ".join(found) or f"another order: {', '.join(now)} was {', '.join(before)}"
+    raise ValueError(f"the report of step {step} has other {what} ({changed}): begin a new History for another model")
+
+
+def _of(formats: Mapping[str, Any], path: Path):
+    if path.suffix not in formats:
+        raise ValueError(f"{path}: the name of a history's file ends in .npz or .jsonl")
+    return formats[path.suffix]
+
+
+def _write_npz(history: History, path: Path) -> None:
+    arrays = {f"columns/{key}": values for key, values in history.columns.items()}
+    arrays |= {f"total/{key}": values for key, values in history.total.items()}
+    with path.open("wb") as file:
+        np.savez_compressed(file, format=_FORMAT, steps=history.steps, names=np.array(history.names, str), **arrays)
+
+
+def _read_npz(path: Path) -> Iterator[Any]:
+    with np.load(path, allow_pickle=False) as file:
+        _check(path, str(file["format"]) if "format" in file else None)
+        names = tuple(str(name) for name in file["names"])
+        groups = {group: {k.partition("/")[2]: file[k] for k in file if k.startswith(group)} for group in _GROUPS}
+        for i, step in enumerate(file["steps"]):
+            columns, total = ({key: values[i] for key, values in groups[group].items()} for group in _GROUPS)
+            yield SimpleNamespace(step=step, names=names, columns=columns, total=total)
+
+
+def _write_jsonl(history: History, path: Path) -> None:
+    columns, total = dict(history.columns), dict(history.total)
+    with path.open("w", encoding="utf-8") as file:
+        lines: list[Any] = [{"format": _FORMAT, "names": history.names}]
+        for i, step in enumerate(history.steps.tolist()):
+            rows = {key: [_to_json(x) for x in values[i].tolist()] for key, values in columns.items()}
+            sums = {key: _to_json(float(values[i])) for key, values in total.items()}
+            lines.append({"step": step, "total": sums, "columns": rows})
+        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        first = json.loads(file.readline() or "null")
+        _check(path, first.get("format") if isinstance(first, dict) else None)
+        for line in map(json.loads, file):
+            columns = {key: [_from_json(x) for x in values] for key, values in line["columns"].items()}
+            total = {key: _from_json(x) for key, x in line["total"].items()}
+            yield SimpleNamespace(step=line["step"], names=tuple(first["names"]), columns=columns, total=total)
+
+
+def _to_json(x: float) -> float | str | None:
+    return x if math.isfinite(x) else None if math.isnan(x) else str(x)
+
+
+def _from_json(x: float | str | None) -> float:
+    return math.nan if x is None else float(x)
+
+
+def _check(path: Path, found: str | None) -> None:
+    if found != _FORMAT:
+        raise ValueError(f"{path} is not a {_FORMAT}" + (f", but a {found}" if found else ""))
+
+
+_GROUPS = ("columns/", "total/")
+_WRITERS = {".npz": _write_npz, ".jsonl": _write_jsonl}
+_READERS = {".npz": _read_npz, ".jsonl": _read_jsonl}

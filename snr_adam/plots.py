@@ -1,0 +1,299 @@
+"""Pictures of a run: what a `History` of reports shows a person.
+
+    signal_and_noise(history)             the two, over time
+    snr(history)                          their ratio as the optimizer sees it, and the floor that pure noise shows
+    heat_map(history)                     every layer over time
+    depth(history)                        every layer's SNR, early, in the middle and late
+    noise_scale(history, batch_size)      the batch size at which noise equals signal, and the one that was used
+    overview(history, batch_size)         all of them in one figure
+
+Each takes a `History` or a list of reports and, if you have one, the matplotlib axes to draw on; each returns the axes.
+Nothing here touches matplotlib's global state, so it works in threads, servers and notebooks:
+
+    plots.heat_map(history).figure.savefig("heat.png")
+
+A layer's SNR says little by itself: pure noise shows sqrt((1-b1)/(1+b1)), and more in the first steps. So the two
+pictures that compare layers show it as a multiple of its floor: 1 is pure noise. Colours and line styles can be told
+apart by colour-blind eyes and in print.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from snr_adam.history import History
+
+Reports = History | Iterable[Any]
+
+BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
+_COLORS = colormaps["viridis"].with_extremes(bad="#dddddd")
+_MULTIPLES = {1: "floor", 1.25: "1.25", 1.5: "1.5", 2: "2", 3: "3", 4: "4", 6: "6", 10: "10"}
+_NAMED_LAYERS = 40  # more names than these cannot be read on one axis
+_GRADIENT = "loss per unit of weight"
+_STEPS = "steps (updates)"
+_THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.10g}")
+_UNITS = {
+    "signal": f"signal ({_GRADIENT})",
+    "noise": f"noise ({_GRADIENT})",
+    "gradient_norm": f"norm of the gradient ({_GRADIENT})",
+    "pseudo_snr": "SNR, as a multiple of its floor",
+    "significant": "share of parameters that differ from noise",
+    "snr": "SNR of one gradient, corrected (a ratio of powers)",
+    "effective_step": "effective step (RMS of the update / RMS of the parameters)",
+    "update_rms": "RMS of the update (units of weight)",
+    "param_rms": "RMS of the parameters (units of weight)",
+}
+
+
+def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
+    """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
+
+    Both without what passes an average of pure noise: from `persistent`, which estimates |G|^2, and `gradient_norm`,
+    averages that reach back some 50 observed steps: they come late where gradients shrink fast, as at the very start.
+
+    Args:
+      history: a `History` or reports.
+      layer: the name of a layer; None for all layers together.
+      axes: where to draw; None for a new figure.
+
+    Returns:
+      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, which is two
+      standard errors, a signal cannot be told from none.
+    """
+    history, axes = _history(history), _axes(axes)
+    power, persistent = _of(history, "gradient_norm", layer) ** 2, _of(history, "persistent", layer)
+    noise = np.sqrt(np.maximum(power - persistent, 0))
+    least = noise * np.sqrt(2 * _of(history, "snr_error", layer))
+    _line(axes, history, noise, "--", ORANGE, "noise: how mini-batches differ")
+    _line(axes, history, np.sqrt(np.maximum(persistent, 0)), "-", BLUE, "signal: what they agree on")
+    _line(axes, history, least, ":", GRAY, "floor: less signal cannot be seen")
+    axes.set_ylim(bottom=0)
+    return _finish(axes, "Signal and noise" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
+
+
+def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
+    """The SNR that the optimizer sees, over time, and the floor: what pure noise would show. Evidence is what is above.
+
+    Args, Returns: as for `signal_and_noise`.
+
+    >>> from types import SimpleNamespace
+    >>> totals = {10: {"pseudo_snr": 0.9, "floor": 0.33}, 20: {"pseudo_snr": 0.5, "floor": 0.26}}
+    >>> seen = [SimpleNamespace(step=t, names=(), columns={}, total=total) for t, total in totals.items()]
+    >>> axes = snr(seen)
+    >>> axes.get_ylabel(), [line.get_ydata().tolist() for line in axes.get_lines()]
+    ('SNR (a ratio; 1 is all signal)', [[0.9, 0.5], [0.33, 0.26]])
+    """
+    history, axes = _history(history), _axes(axes)
+    seen, floor = _of(history, "pseudo_snr", layer), _of(history, "floor", layer)
+    _line(axes, history, seen, "-", GREEN, "SNR as the optimizer sees it")
+    _line(axes, history, floor, "--", GRAY, f"floor: pure noise shows {floor[-1]:.2f}")
+    above = {"where": seen > floor, "color": GREEN, "alpha": 0.15, "lw": 0}
+    axes.fill_between(history.steps, floor, seen, label="_above the floor", **above)
+    axes.set_ylim(bottom=0)
+    return _finish(axes, "Signal-to-noise ratio" + _where(layer), _STEPS, "SNR (a ratio; 1 is all signal)")
+
+
+def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: Axes | None = None) -> Axes:
+    """Every layer over time, in the order of the parameters, the first on top; gray where there is no number.
+
+    Args:
+      history: a `History` or reports.
+      key: the quantity; "pseudo_snr" is shown as a multiple of its floor, so that the darkest is pure noise.
+      layers: a regular expression that the names of the layers to show contain.
+      axes: where to draw; None for a new figure.
+
+    Returns:
+      The axes. The colours' scale is logarithmic if the values span more than a factor of ten.
+
+    Raises:
+      ValueError: if no layer's name contains `layers`.
+    """
+    history = _history(history)
+    chosen = _matching(history, layers)
+    values = _over_floor(history) if key == "pseudo_snr" else history.columns[key]
+    values = np.ma.masked_invalid(values[:, chosen].T)
+    axes = _axes(axes, _height(chosen))
+    image = axes.pcolorfast(_edges(history.steps), np.arange(len(chosen) + 1) - 0.5, values)
+    image.set(cmap=_COLORS, norm=_norm(values, key))
+    if hasattr(image, "set_interpolation"):
+        image.set_interpolation("auto")  # averages where layers outnumber pixels, instead of leaving some out
+    bar = axes.figure.colorbar(image, ax=axes, label=_UNITS.get(key, key), extend="both", pad=0.01)
+    if key == "pseudo_snr":
+        ticks = {x: name for x, name in _MULTIPLES.items() if x <= bar.ax.get_ylim()[1]}  # more would stretch the bar
+        bar.set_ticks(list(ticks), labels=list(ticks.values()))
+        bar.ax.minorticks_off()
+    _name_layers(axes, [history.names[i] for i in chosen])
+    return _finish(axes, "Every layer over time", _STEPS)
+
+
+def depth(history: Reports, layers: str = "", axes: Axes | None = None) -> Axes:
+    """The SNR of each layer over its floor, in the order of the parameters, the first on top, in each third of the run.
+
+    Args:
+      history: a `History` or reports.
+      layers: a regular expression that the names of the layers to show contain, such as "query/kernel".
+      axes: where to draw; None for a new figure.
+
+    Raises:
+      ValueError: if no layer's name contains `layers`.
+    """
+    history = _history(history)
+    chosen = _matching(history, layers)
+    axes = _axes(axes, _height(chosen))
+    squares = np.ma.masked_invalid(_over_floor(history)[:, chosen] ** 2)
+    parts = [part for part in np.array_split(np.arange(len(history)), 3) if len(part)]
+    styles = (ORANGE, "o:"), (GREEN, "s--"), (BLUE, "^-")
+    for part, (color, style) in zip(parts, styles, strict=False):
+        first, last = history.steps[part[0]], history.steps[part[-1]]
+        label = f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
+        ratio = np.ma.sqrt(squares[part].mean(axis=0)).filled(np.nan)
+        size = 4 if len(chosen) <= _NAMED_LAYERS else 0
+        axes.plot(ratio, range(len(chosen)), style, color=color, label=label, markersize=size)
+    axes.axvline(1, ls="--", color=GRAY, label="floor: pure noise")
+    axes.set_xlim(left=0)
+    _name_layers(axes, [history.names[i] for i in chosen])
+    return _finish(axes, "SNR against depth", _UNITS["pseudo_snr"], axes.get_ylabel())
+
+
+def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | None = None) -> Axes:
+    """The noise scale over time with its 95 % interval, and the batch size that was used.
+
+    Batches far below the noise scale are mostly noise, far above it mostly waste. Where the signal is too weak to be
+    measured only a lower limit is known: drawn as triangles.
+
+    Args:
+      history: a `History` or reports.
+      batch_size: the examples in a batch, as given to `report`; None if none was given: then all is in batches.
+      axes: where to draw; None for a new figure.
+    """
+    history, axes = _history(history), _axes(axes)
+    scale, error, limit = (history.total[f"noise_scale{end}"] for end in ("", "_error", "_limit"))
+    known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(limit) & (limit > 0)
+    value = np.where(known, scale, np.nan)
+    low, high = np.maximum(value - 1.96 * error, value / 10), value + 1.96 * error
+    axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    # dots, for a number between two limits would be a line of length 0
+    axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
+    if beyond.any():
+        axes.plot(history.steps[beyond], limit[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
+    used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
+    axes.axhline(batch_size or 1, ls="--", color=GRAY, label=used)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_THOUSANDS)
+    return _finish(axes, "Noise scale", _STEPS, f"noise scale ({'batches' if batch_size is None else 'examples'})")
+
+
+def overview(history: Reports, batch_size: float | None = None) -> Figure:
+    """All the pictures in one figure, 1,400 pixels wide when saved as it is."""
+    history = _history(history)
+    layers = _height(history.names)
+    figure = _figure(14, 5 + layers)
+    ((top,), (bottom,)) = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, layers))
+    left, middle, right = top.subplots(1, 3)
+    signal_and_noise(history, axes=left)
+    snr(history, axes=middle)
+    noise_scale(history, batch_size, axes=right)
+    left, right = bottom.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    heat_map(history, axes=left)
+    depth(history, axes=right).set_ylabel("")
+    return figure
+
+
+def _history(reports: Reports) -> History:
+    history = reports if isinstance(reports, History) else History(reports)
+    if not len(history):
+        raise ValueError("there is nothing to draw: the history has no reports")
+    return history
+
+
+def _of(history: History, key: str, layer: str | None) -> np.ndarray:
+    """The values of one layer, or of all together, over time."""
+    if layer is None:
+        return history.total[key]
+    if layer not in history.names:
+        raise ValueError(f"no layer {layer!r}; there are {', '.join(history.names)}")
+    return history.columns[key][:, history.names.index(layer)]
+
+
+def _matching(history: History, pattern: str) -> list[int]:
+    chosen = [i for i, name in enumerate(history.names) if re.search(pattern, name)]
+    if not chosen:
+        raise ValueError(f"no layer's name contains {pattern!r}; there are {', '.join(history.names)}")
+    return chosen
+
+
+def _over_floor(history: History) -> np.ndarray:
+    floor = history.columns["floor"]
+    return history.columns["pseudo_snr"] / np.where(floor > 0, floor, np.nan)
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+
+
+def _height(layers: Sequence[Any]) -> float:
+    """Inches for so many layers' names, one below the other."""
+    return 3.0 + 0.15 * min(len(layers), _NAMED_LAYERS)
+
+
+def _axes(axes: Axes | None, height: float = 5.0) -> Axes:
+    return axes if axes is not None else _figure(10, height).subplots()
+
+
+def _line(axes: Axes, history: History, values: np.ndarray, style: str, color: str, label: str) -> None:
+    """A line; a single report is a point, which a line would not show. A missing quantity is named as such."""
+    marker = "o" if len(history) == 1 else ""
+    label += "" if np.isfinite(values).any() else " (not available)"
+    axes.plot(history.steps, values, style, marker=marker, color=color, label=label)
+
+
+def _finish(axes: Axes, title: str, xlabel: str, ylabel: str | None = None) -> Axes:
+    """Names everything; with a `ylabel` the lines, too."""
+    axes.set_title(title, weight="bold")
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    if ylabel is not None:
+        axes.set_ylabel(ylabel)
+        axes.legend(edgecolor="none")
+        axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _where(layer: str | None) -> str:
+    return f": {layer}" if layer else ""
+
+
+def _edges(steps: np.ndarray) -> np.ndarray:
+    """The borders between columns of a heat map: half-way between steps."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
+
+
+def _name_layers(axes: Axes, names: Sequence[str]) -> None:
+    """Layers from top to bottom: their names, or their numbers if they are too many."""
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if len(names) <= _NAMED_LAYERS:
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(_THOUSANDS)
+        axes.set_ylabel(f"number of the layer, of {len(names):,}")
+
+
+def _norm(values: np.ma.MaskedArray, key: str) -> Normalize:
+    """From the 1st to the 99th percentile; an SNR from its floor, 1, on."""
+    known = values.compressed()
+    if key == "pseudo_snr":
+        return LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
+    low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
+    return LogNorm(low, high) if low > 0 and high > 10 * low else Normalize(low, high)
