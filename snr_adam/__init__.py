@@ -9,6 +9,8 @@ squares. A member of the family is a choice of how the one and the other are est
     snr_adam.scale_by_snr(EMA(0.9), RMS(0.999))             by its parts, for use in `optax.chain`
 """
 
+from snr_adam.accumulation import accumulate as accumulate
+from snr_adam.accumulation import apply_accumulated as apply_accumulated
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation
@@ -39,6 +41,8 @@ from snr_adam.optimizers import yogi as yogi
 from snr_adam.precision import carry_remainder as carry_remainder
 from snr_adam.precision import round_stochastically as round_stochastically
 from snr_adam.precision import whole_weights as whole_weights
+from snr_adam.sharding import footprint as footprint
+from snr_adam.sharding import state_sharding as state_sharding
 from snr_adam.sharing import share as share
 from snr_adam.sharing import suggest_sharing as suggest_sharing
 from snr_adam.signal import EMA as EMA

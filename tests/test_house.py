@@ -13,9 +13,9 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "checkpoint"},
+    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "accumulation", "checkpoint"},
     {"control", "optimizers"},
-    {"plots", "__init__"},
+    {"plots", "plan", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
