@@ -61,7 +61,7 @@ def _every_optimizer():
                 made[f"{name} {storage}"] = preset(1e-3, storage=storage)
     for storage in STORAGES:
         del made[f"lamb {storage}"]
-    assert len(made) == 39
+    assert len(made) == 41
     made["carry_remainder"] = snr_adam.carry_remainder(snr_adam.adamw(1e-3, storage="packed"), "8")
     return made
 
