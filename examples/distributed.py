@@ -123,14 +123,14 @@ def work(options, size) -> int:
     )
     done = manager.latest_step() or 0
     if done:
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), run.shapes, run.places
-        )
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), run.shapes, run.places)
         carry = manager.restore(done, args=ocp.args.StandardRestore(like))
     else:
         carry = run.start()
+    value = digest(carry)
     if first:
-        print(f"{jax.process_count()} processes, {jax.device_count()} devices, {options.layout}, from step {done}")
+        where = f"{jax.process_count()} processes, {jax.device_count()} devices, {options.layout}"
+        print(f"{where}: from step {done}, weights and state {value}")
         print(f"optimizer state: {snr_adam.footprint(carry[1])}", flush=True)
     bar = tqdm(total=options.steps, initial=done, unit=" steps", disable=None if first else True)
     loss = rms = jnp.nan
@@ -142,8 +142,7 @@ def work(options, size) -> int:
         if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
             stop = anywhere(bool(asked))
             if first:
-                line = f"step {step + 1:6}  loss {float(loss):.4f}  RMS of the update {float(rms):.2e}"
-                tqdm.write(line)
+                tqdm.write(f"step {step + 1:6}  loss {float(loss):.4f}  RMS of the update {float(rms):.2e}")
                 sys.stdout.flush()
             if stop or step + 1 == options.steps:
                 done = step + 1
@@ -220,9 +219,16 @@ def main(arguments: list[str]) -> int:
         return launch(options, arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
+    if jax.config.jax_compilation_cache_dir is None:  # a restart should not wait for the compiler
+        jax.config.update("jax_compilation_cache_dir", str(options.folder.resolve() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if options.processes > 1:
         jax.distributed.initialize(options.address, options.processes, options.worker)
-    return work(options, char_lm.Size(options.width, options.context, options.batch))
+    try:
+        return work(options, char_lm.Size(options.width, options.context, options.batch))
+    except jax.errors.JaxRuntimeError as error:  # what a process sees when another one is gone
+        print(f"process {options.worker} ends: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

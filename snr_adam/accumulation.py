@@ -4,18 +4,19 @@ A batch that does not fit into memory is taken in n pieces. Their gradients are 
 
     S_i = S_{i-1} + g_i  (S_0 = 0)        u = inner update of S_n / n        and zero after the pieces before the last
 
-A microbatch that only accumulates moves what it must: gradient in, sum in, sum out, 12 bytes per float32 parameter. The
-inner optimizer does not run (it is in the other branch of a `lax.cond`), and there is one buffer: once the sum has been
-used, the update u lies in its place until the next sum begins. `update` returns that buffer or zero, an expression that
-fuses with `params + update`, so that a tree of zeros is never written; `apply_accumulated` leaves out the sum as well.
+A microbatch that only accumulates moves what it must: gradient in, sum in, sum out, 12 bytes per float32 parameter.
+The inner optimizer does not run (it is in the other branch of a `lax.cond`), and there is one buffer: once the sum has
+been used, the update u lies in its place until the next sum begins. `update` returns that buffer or zero, an expression
+that fuses with `params + update`, so that a tree of zeros is never written; `apply_accumulated` leaves that sum out.
 
-Gradients of pieces also say how noisy a gradient is, for nothing. For pieces of b examples, with Sigma the covariance of
-one example's gradient and G the mean gradient,
+Gradients of pieces also say how noisy a gradient is, for nothing. For pieces of b examples, with Sigma the covariance
+of one example's gradient and G the mean gradient,
 
     E |g_n|^2 = |G|^2 + tr(Sigma) / b          E |S_n / n|^2 = |G|^2 + tr(Sigma) / (n b)
 
-Both squares are taken when the inner step runs, of the last piece and of the mean: measuring every piece would read
-every gradient twice. (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1: two batch sizes, B_small = b, B_big = nb.)
+Both squares are taken when the inner step runs, of the last piece and of the mean; to square every piece would read
+every gradient twice. They are Q and A of `noise_scale.from_groups(Q, A, n, b)`, whose Q is the mean over all pieces: the
+same expectation, with the spread of one piece. (Two batch sizes: McCandlish et al. 2018, arXiv 1812.06162, appendix A.)
 """
 
 from collections.abc import Callable

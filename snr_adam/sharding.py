@@ -49,7 +49,7 @@ class Zero1:
     as it can be, and rows of TPU tiles stay full. Arrays that no axis divides, that are small, or that are split over
     the data axis already (FSDP) lie as their parameter does.
 
-    axis: the name of the mesh's data axis, or a tuple of names; None is the only axis there is, or the one named "data".
+    axis: the name of the mesh's data axis, or a tuple of names; None is the only axis there is, or the one called data.
     smallest: the number of elements from which an array is split. Fewer cost less memory than the message is worth.
     """
 
@@ -106,8 +106,8 @@ def state_sharding(
         without a sharding, or on a single device, counts as replicated.
       mesh: where the state shall live; its axes may be Auto or Explicit.
       policy: "like parameters", "zero1", or an object such as `Zero1(axis="replica")`.
-      memory_kind: "pinned_host" keeps what follows the policy in the host's memory; None in the device's. In a step, fetch
-        such a state with `jax.device_put(state, jax.memory.Space.Device)` before the update.
+      memory_kind: "pinned_host" keeps what follows the policy in the host's memory; None in the device's. In a step,
+        fetch such a state with `jax.device_put(state, jax.memory.Space.Device)` before the update.
 
     Returns:
       A tree of NamedShardings with the structure of `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`, for

@@ -60,7 +60,8 @@ def test_the_result_is_that_of_one_large_batch(inner):
 
 
 def test_a_piece_that_only_accumulates_changes_nothing_else():
-    tx, step = (tx := snr_adam.accumulate(snr_adam.adamw(0.1), EVERY)), jax.jit(tx.update)
+    tx = snr_adam.accumulate(snr_adam.adamw(0.1), EVERY)
+    step = jax.jit(tx.update)
     state = tx.init(tree())
     for i, grads in enumerate(gradients(2 * EVERY), 1):
         updates, new = step(grads, state, tree())
@@ -163,8 +164,8 @@ def shapes_of(params):
 SIZE = 2**18
 
 
-def _compiled(tx, monkeypatch=None, waits=False, apply_state=True):
-    """The donated step over one large leaf; with `waits` the program that remains if each cond takes its second branch."""
+def _compiled(tx, waits=False, apply_state=True):
+    """The donated step over one large leaf; with `waits` the program that is left when every cond waits."""
     p = jnp.ones(SIZE)
     state = jax.eval_shape(tx.init, p)
     with pytest.MonkeyPatch.context() as patch:
