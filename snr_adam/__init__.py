@@ -9,8 +9,10 @@ squares. A member of the family is a choice of how the one and the other are est
     snr_adam.scale_by_snr(EMA(0.9), RMS(0.999))             by its parts, for use in `optax.chain`
 """
 
+from snr_adam import noise_scale as noise_scale
 from snr_adam.accumulation import accumulate as accumulate
 from snr_adam.accumulation import apply_accumulated as apply_accumulated
+from snr_adam.advice import advise as advise
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation
@@ -41,6 +43,9 @@ from snr_adam.optimizers import yogi as yogi
 from snr_adam.precision import carry_remainder as carry_remainder
 from snr_adam.precision import round_stochastically as round_stochastically
 from snr_adam.precision import whole_weights as whole_weights
+from snr_adam.reports import Report as Report
+from snr_adam.reports import metrics as metrics
+from snr_adam.reports import report as report
 from snr_adam.sharding import footprint as footprint
 from snr_adam.sharding import state_sharding as state_sharding
 from snr_adam.sharing import share as share
@@ -54,6 +59,8 @@ from snr_adam.signal import Sign as Sign
 from snr_adam.storage import Cast as Cast
 from snr_adam.storage import Full as Full
 from snr_adam.storage import Packed as Packed
+from snr_adam.telemetry import ObserveState as ObserveState
+from snr_adam.telemetry import observe as observe
 from snr_adam.transform import ScaleBySnrState as ScaleBySnrState
 from snr_adam.transform import descend as descend
 from snr_adam.transform import scale_by_snr as scale_by_snr

@@ -5,7 +5,7 @@ A batch that does not fit into memory is taken in n pieces. Their gradients are 
     S_i = S_{i-1} + g_i  (S_0 = 0)        u = inner update of S_n / n        and zero after the pieces before the last
 
 A microbatch that only accumulates moves what it must: gradient in, sum in, sum out, 12 bytes per float32 parameter.
-The inner optimizer does not run (it is in the other branch of a `lax.cond`), and there is one buffer: once the sum has
+The inner optimizer does not run (it is in the other branch of a `lax.cond`), and there is one buffer: when the sum has
 been used, the update u lies in its place until the next sum begins. `update` returns that buffer or zero, an expression
 that fuses with `params + update`, so that a tree of zeros is never written; `apply_accumulated` leaves that sum out.
 
@@ -15,8 +15,9 @@ of one example's gradient and G the mean gradient,
     E |g_n|^2 = |G|^2 + tr(Sigma) / b          E |S_n / n|^2 = |G|^2 + tr(Sigma) / (n b)
 
 Both squares are taken when the inner step runs, of the last piece and of the mean; to square every piece would read
-every gradient twice. They are Q and A of `noise_scale.from_groups(Q, A, n, b)`, whose Q is the mean over all pieces: the
-same expectation, with the spread of one piece. (Two batch sizes: McCandlish et al. 2018, arXiv 1812.06162, appendix A.)
+every gradient twice. They serve as the Q and A of `noise_scale.from_groups(Q, A, n, b)`, one of each per step; Q is there
+the mean over all pieces, which has the same expectation and a smaller spread. (McCandlish et al. 2018, arXiv
+1812.06162, appendix A.1.)
 """
 
 from collections.abc import Callable
@@ -37,16 +38,16 @@ class AccumulateState(NamedTuple):
     count: int32 scalar, microbatches in the sum; 0 right after a step of the inner optimizer.
     steps: int32 scalar, steps of the inner optimizer so far.
     buffer: a tree like the parameters, float32: the sum, or if count is 0 the last update.
-    piece_square: float32 scalar, |g_n|^2 of the last step's last microbatch.
-    mean_square: float32 scalar, |S_n / n|^2 of the last step.
+    piece_sq: float32 scalar, |g_n|^2 of the last step's last microbatch.
+    mean_sq: float32 scalar, |S_n / n|^2 of the last step.
     inner: the wrapped optimizer's state.
     """
 
     count: Any
     steps: Any
     buffer: Any
-    piece_square: Any
-    mean_square: Any
+    piece_sq: Any
+    mean_sq: Any
     inner: Any
 
 

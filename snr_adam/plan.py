@@ -51,8 +51,8 @@ class Hardware(NamedTuple):
 HARDWARE = {
     "h100": Hardware(
         80e9, 3.35e12, 450e9, 50e9, 8, 989e12,
-        "NVIDIA H100 SXM (nvidia.com/en-us/data-center/h100: 80 GB, 3.35 TB/s, NVLink 900 GB/s in both directions, 1,979 "
-        "teraFLOPS with sparsity, half without) in a DGX H100 (8 GPUs, one 400 Gb/s adapter each)",
+        "NVIDIA H100 SXM (nvidia.com/en-us/data-center/h100: 80 GB, 3.35 TB/s, NVLink 900 GB/s in both directions, "
+        "1,979 teraFLOPS with sparsity, half without) in a DGX H100 (8 GPUs, one 400 Gb/s adapter each)",
     ),
     "v5p": Hardware(
         95 * 2**30, 2765e9, 600e9, 6.25e9, 6144, 459e12,
@@ -61,8 +61,8 @@ HARDWARE = {
     ),
     "v5e": Hardware(
         16e9, 819e9, 200e9, 3.125e9, 256, 197e12,
-        "Google TPU v5e (cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s, links 400 GB/s in both directions, 6.4 Tb/s of "
-        "network per pod of 256 chips)",
+        "Google TPU v5e (cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s, links 400 GB/s in both directions, 6.4 Tb/s "
+        "of network per pod of 256 chips)",
     ),
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_a_piece_that_only_accumulates_changes_nothing_else():
         if i % EVERY:
             assert all(not np.any(u) for u in jax.tree.leaves(updates))
             _assert_equal(new.inner, state.inner)
-            _assert_equal((new.piece_square, new.mean_square), (state.piece_square, state.mean_square))
+            _assert_equal((new.piece_sq, new.mean_sq), (state.piece_sq, state.mean_sq))
         else:
             assert all(np.all(u) for u in jax.tree.leaves(updates))
         state = new
@@ -121,12 +121,15 @@ def test_the_squares_are_those_of_the_last_piece_and_of_the_mean():
         pieces = rng.normal(mean, 1.0, (n, b, size)).mean(1).astype("float32")
         for g in pieces:
             _, state = step(g, state)
-        np.testing.assert_allclose(state.piece_square, np.sum(np.square(pieces[-1], dtype=float)), rtol=1e-5)
-        np.testing.assert_allclose(state.mean_square, np.sum(pieces.mean(0, dtype=float) ** 2), rtol=1e-5)
-        found.append((state.piece_square, state.mean_square))
-    q, a = np.mean(found, 0)
+        np.testing.assert_allclose(state.piece_sq, np.sum(np.square(pieces[-1], dtype=float)), rtol=1e-5)
+        np.testing.assert_allclose(state.mean_sq, np.sum(pieces.mean(0, dtype=float) ** 2), rtol=1e-5)
+        found.append((state.piece_sq, state.mean_sq))
+    found = np.array(found, float).T
+    scale = snr_adam.noise_scale.from_groups(*found, n, b)
+    assert scale.value == pytest.approx(1 / mean**2, rel=0.25)  # tr(Sigma) / |G|^2, in examples
+    assert abs(scale.value - 1 / mean**2) < 3 * scale.error
+    q, a = found.mean(1)
     assert b * n / (n - 1) * (q - a) == pytest.approx(size, rel=0.02)  # tr(Sigma)
-    assert (n * a - q) / (n - 1) == pytest.approx(size * mean**2, rel=0.25)  # |G|^2
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
@@ -215,4 +218,4 @@ def test_sharded_it_is_the_same(axis, policy):
         got = _run(step, params, state, jax.device_put(list(pieces), place))
     np.testing.assert_array_equal(got[0], want[0])
     _assert_equal(got[1].inner, jax.device_get(want[1].inner))
-    np.testing.assert_allclose(got[1].mean_square, want[1].mean_square, rtol=1e-6)
+    np.testing.assert_allclose(got[1].mean_sq, want[1].mean_sq, rtol=1e-6)

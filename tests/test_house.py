@@ -13,8 +13,9 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"precision", "telemetry", "noise_scale", "guard", "sharing", "sharding", "accumulation", "checkpoint"},
-    {"control", "optimizers"},
+    {"noise_scale"},
+    {"precision", "telemetry", "guard", "sharing", "sharding", "accumulation", "checkpoint"},
+    {"control", "advice", "optimizers"},
     {"plots", "plan", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}

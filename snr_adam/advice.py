@@ -1,0 +1,140 @@
+"""From a noise scale to a batch size, and to the hyper-parameters that belong to it.
+
+With batches of B examples, the same loss takes (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.11)
+
+    S = S_min (1 + B_simple / B) steps,   E = E_min (1 + B / B_simple) examples
+
+At B = B_simple both are twice the least. Below it, a batch twice as large nearly halves the steps; above it, the
+examples are wasted. Learning rate and decays are no numbers of their own, they go with the batch:
+
+    alpha ~ sqrt(B)                       the noise of the gradient falls by as much (Malladi et al. 2022)
+    log b ~ B                             so that m and v remember as many examples as before (Marek et al. 2025)
+
+Both rules are local, so one goes from batch to batch in steps, and measures again.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from snr_adam.noise_scale import NoiseScale
+
+STRIDE = 3
+"""The doublings that are advised at once: 8 times the batch turns b1 = .9 into .43, 64 times into .001: no average."""
+
+
+class Setting(NamedTuple):
+    """A batch size and the hyper-parameters that belong to it."""
+
+    batch_size: int
+    learning_rate: float
+    b1: float
+    b2: float
+
+    def __str__(self) -> str:
+        rates = f"learning rate {self.learning_rate:.3g}, b1 {self.b1:.3g}, b2 {self.b2:.5g}"
+        return f"{self.batch_size:,} examples, {rates}"
+
+    def at(self, batch_size: int) -> "Setting":
+        """The same for another batch size."""
+        ratio = batch_size / self.batch_size
+        return Setting(batch_size, self.learning_rate * math.sqrt(ratio), self.b1**ratio, self.b2**ratio)
+
+    def half_life(self, b: float) -> float:
+        """After how many examples a moving average of decay b has forgotten half of what it knew."""
+        return self.batch_size * math.log(0.5) / math.log(b) if b > 0 else 0.0
+
+
+class Advice(NamedTuple):
+    """What to change: `advised.batch_size`, `advised.learning_rate` and so on. `str()` explains it."""
+
+    noise_scale: NoiseScale
+    now: Setting
+    advised: Setting
+
+    @property
+    def signal(self) -> float:
+        """The share of |g|^2 that is signal now, 1 / (1 + B_simple / B)."""
+        return 1 / (1 + _least(self.noise_scale) / self.now.batch_size)
+
+    @property
+    def steps(self) -> float:
+        """Steps to the same loss, as a multiple of the present number."""
+        scale = _least(self.noise_scale)
+        return (1 + scale / self.advised.batch_size) / (1 + scale / self.now.batch_size)
+
+    @property
+    def examples(self) -> float:
+        """Examples, and so compute, to the same loss, as a multiple of the present number."""
+        return self.steps * self.advised.batch_size / self.now.batch_size
+
+    def __str__(self) -> str:
+        now = self.now
+        found = f"at most {self.signal:.0%}" if np.isinf(self.noise_scale.value) else f"{self.signal:.0%}"
+        head = (
+            f"The noise scale is {self.noise_scale} examples.\n"
+            f"A gradient of {now.batch_size:,} is {found} signal, the rest of its power is noise.\n"
+            f"  now      {now}\n"
+        )
+        if self.advised == now:
+            return f"{head}  advised  the same"
+        return (
+            f"{head}  advised  {self.advised}\n"
+            f"To the same loss: {self.steps:.2g} times the steps, {self.examples:.2g} times the examples.\n"
+            "The learning rate goes with the square root of the batch, as the noise does. Signal and noise\n"
+            f"still forget half in {now.half_life(now.b1):,.0f} and {now.half_life(now.b2):,.0f} examples."
+            f"{' Then measure again, to go on.' if self.advised.batch_size == now.batch_size * 2**STRIDE else ''}"
+        )
+
+
+def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999, *, largest=None) -> Advice:
+    """The batch size that a noise scale asks for, with the learning rate and the decays that go with it.
+
+    B' = B 2^k next to B_simple, |k| <= 3,   alpha' = alpha sqrt(B'/B),   b' = b^(B'/B)
+
+    It is an order of magnitude: the best batches of McCandlish et al. lay between 1/8 and 20 times the run's average
+    noise scale (their Table 1). B_simple grows while a model learns, so measure late rather than early. Where no signal
+    was found, a larger batch brings it back, and so does a lower learning rate.
+
+    Args:
+      noise_scale: a measurement, in examples. Where it is ">= limit", the limit is taken for it and k is at least 0.
+      batch_size: B, the number of examples in a batch now.
+      learning_rate: alpha now.
+      b1: the decay of the signal's moving average now.
+      b2: the decay of the noise's moving average now.
+      largest: the largest batch that is possible, if there is one.
+
+    Returns:
+      An `Advice`. Print it.
+
+    Raises:
+      ValueError: if there is no noise scale to go by, because it is nan or an array.
+
+    >>> from snr_adam.noise_scale import from_scalars
+    >>> print(advise(from_scalars(4.0, 1.0, 0.1, batch_size=32), 32, 1e-3))
+    The noise scale is 96 +- 13 examples.
+    A gradient of 32 is 25% signal, the rest of its power is noise.
+      now      32 examples, learning rate 0.001, b1 0.9, b2 0.999
+      advised  128 examples, learning rate 0.002, b1 0.656, b2 0.99601
+    To the same loss: 0.44 times the steps, 1.8 times the examples.
+    The learning rate goes with the square root of the batch, as the noise does. Signal and noise
+    still forget half in 211 and 22,170 examples.
+
+    References: McCandlish et al., arXiv 1812.06162; Malladi et al., arXiv 2205.10287; Marek et al., arXiv 2507.07101.
+    """
+    if np.ndim(noise_scale.value) or np.isnan(noise_scale.value):
+        raise ValueError(f"noise_scale={noise_scale}: advice needs one number that is not nan")
+    now = Setting(int(batch_size), float(learning_rate), float(b1), float(b2))
+    wanted = math.log2(max(_least(noise_scale), 1.0) / now.batch_size)
+    doublings = max(math.floor(wanted), 0) if np.isinf(noise_scale.value) else round(wanted)
+    doublings = min(max(doublings, -STRIDE), STRIDE)
+    if largest is not None:
+        doublings = min(doublings, math.floor(math.log2(largest / now.batch_size)))
+    return Advice(noise_scale, now, now.at(max(1, math.floor(now.batch_size * 2.0**doublings))))
+
+
+def _least(noise_scale: NoiseScale) -> float:
+    """The noise scale, or what it exceeds; 0 where even that is unknown."""
+    least = noise_scale.limit if np.isinf(noise_scale.value) else noise_scale.value
+    return float(least) if np.isfinite(least) else 0.0

@@ -1,0 +1,355 @@
+"""The gradient noise scale: how many examples a batch needs before its gradient is half signal.
+
+A gradient averaged over B examples is the true gradient G plus noise of covariance Sigma / B. The batch in which the
+two are equally strong is the (simple) noise scale of McCandlish et al. 2018 (arXiv 1812.06162, eq. 2.9):
+
+    B_simple = tr(Sigma) / |G|^2                 E |g|^2 = |G|^2 + tr(Sigma) / B
+
+The difficulty is |G|^2: the square of every average of gradients holds some of the noise. So each method here is a way
+to see how much of the power A = |g|^2 is *persistent*, L = |G|^2; then B_simple = B (A - L) / L.
+
+    from_scalars   L is the inner product with the momentum of the step before, whose noise is another one
+    from_groups    n gradients of b examples, from micro-batches, replicas or single examples (McCandlish, appendix A.1)
+    from_moments   Adam's m and v, less the share rho of the noise that passes m (Balles & Hennig 2018 for b1 = b2)
+    l1_from_moments    the same in Adam's own geometry, ||sigma||_1^2 / ||G||_1^2 (Naganuma et al. 2026)
+
+With n groups rho is 1/n, so the last three are one formula. L may come out as nothing but chance, or negative. Then
+there is no number to report, but a bound: B_simple is above `limit`. And before a ratio is formed, A and L are averaged
+over steps, each by itself: the mean of ratios is not the ratio of means.
+
+All of it measures gradients: clipping and L2 decay before the measurement distort it, so measure before them.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from snr_adam._numerics import abs_sq, compute_dtype
+
+D_EFF = 10.0
+"""In how many directions noise is spread, tr(Sigma)^2 / tr(Sigma^2), unless one knows better. Only standard errors use
+it. It is far below the number of parameters: 9 to 13 for a network that reads ten digits (`examples/noise_scale.py`),
+where the diagonal of Sigma alone, all that v knows, would say 150 to 550 and promise errors 4 to 7 times too small."""
+
+
+class NoiseScale(NamedTuple):
+    """B_simple = tr(Sigma) / |G|^2 in examples. `str()` is "71 +- 12", or ">= 400" where no signal was found.
+
+    value: never negative; inf where the signal is within 2 standard errors of none.
+    error: the standard error of `value`, inf where that is; nan if unknown.
+    limit: the largest value that could have been told from inf; where `value` is inf, what it exceeds at 2 sigma.
+    method: how it was measured, in a word.
+    """
+
+    value: Any
+    error: Any
+    limit: Any
+    method: str
+
+    def __str__(self) -> str:
+        each = [_text(*numbers) for numbers in np.broadcast(self.value, self.error, self.limit)]
+        return each[0] if np.ndim(self.value) == 0 else f"[{', '.join(each)}]"
+
+
+def _text(value, error, limit) -> str:
+    if np.isinf(value):
+        return ">= ?" if np.isnan(limit) else f">= {_number(limit)}"
+    return f"{_number(value)} +- {'?' if np.isnan(error) else _number(error)}"
+
+
+def _number(x) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def _divide(power, signal, error, bounds, size, method) -> NoiseScale:
+    """B (A - L) / L where L is above the first of the bounds: the least that is told from none. The second bounds L."""
+    power, signal, error, least, most, size = (np.asarray(x, float) for x in (power, signal, error, *bounds, size))
+    with np.errstate(all="ignore"):
+        found = (signal > 0) & ~(signal <= least)
+        value = np.where(found, size * np.maximum(power / signal - 1, 0), np.inf)
+        spread = np.where(found, size * (power / signal) * (error / signal), np.inf)
+        limit = size * np.maximum(power / np.where(found, least, most) - 1, 0)
+    missing = np.isnan(power) | np.isnan(signal)
+    value, spread, limit = (np.where(missing, np.nan, x)[()] for x in (value, spread, limit))
+    return NoiseScale(value, spread, limit, method)
+
+
+def from_scalars(gradient_sq, persistent, persistent_error, *, batch_size=1.0, method="scalars") -> NoiseScale:
+    """The noise scale from the power of the gradients and the persistent part of it.
+
+    B_simple = B (A - L) / L,   A = E |g_t|^2,   L = E <m^_{t-1}, g_t>
+
+    m^_{t-1} is the average of the gradients before g_t. Its noise is independent of g_t's, so L estimates |G|^2 with no
+    noise in it, whatever the optimizer does with m, and A - L estimates tr(Sigma) / B.
+
+    Args:
+      gradient_sq: A, the average over steps of the squared norm of the mini-batch gradient. A number or an array.
+      persistent: L, the average over steps of the inner product with the bias-corrected momentum before it.
+      persistent_error: the standard error of L. That of A is neglected: near the limit it is much smaller.
+      batch_size: B, the number of examples in a mini-batch. With 1 the result is in mini-batches.
+      method: what to call it.
+
+    Returns:
+      A `NoiseScale` of the arguments' shape, on the host. Where L is within 2 standard errors of 0, or negative, the
+      value is inf; where it is more than A, 0.
+
+    >>> print(from_scalars(4.0, 1.0, 0.1, batch_size=32))
+    96 +- 13
+    >>> print(from_scalars(4.0, -0.05, 0.1, batch_size=32))
+    >= 608
+    """
+    error = np.asarray(persistent_error, float)
+    bounds = 2 * error, np.maximum(persistent, 0) + 2 * error
+    return _divide(gradient_sq, persistent, error, bounds, batch_size, method)
+
+
+def _less_floor(power, smoothed, rho):
+    """L from the power of one gradient and of an average that noise passes with a share rho of its variance."""
+    return (smoothed - rho * power) / (1 - rho)
+
+
+def _model_error(power, persistent, rho, d_eff):
+    """The standard error of that L, for Gaussian noise of equal size in d_eff directions.
+
+    L is quadratic in an average gradient of noise power rho T, so its variance is 2 rho T (rho T + 2 L) / d_eff.
+    """
+    noise = rho * np.maximum(power - persistent, 0)
+    return np.sqrt(2 * noise * (noise + 2 * np.maximum(persistent, 0)) / d_eff) / (1 - rho)
+
+
+class Groups(NamedTuple):
+    """What n groups of gradients show: all that `from_groups` needs, as `from_groups(*groups)`.
+
+    groups_sq: Q, the mean of the squared norms of the groups' gradients. mean_sq: A, the squared norm of their mean.
+    n: the number of groups. batch_size: the number of examples in each.
+    """
+
+    groups_sq: Any
+    mean_sq: Any
+    n: Any
+    batch_size: Any
+
+
+def from_groups(groups_sq, mean_sq, n, batch_size, *, error=None, d_eff=D_EFF, method="groups") -> NoiseScale:
+    """The noise scale from n gradients of b examples each: micro-batches, replicas or, with b = 1, single examples.
+
+    |G|^2 = (n A - Q) / (n - 1),   tr(Sigma) = b n / (n - 1) (Q - A),   both unbiased
+
+    Args:
+      groups_sq: Q, the mean over groups of the squared norm of their gradients. A number, or one per step.
+      mean_sq: A, the squared norm of the mean of the groups' gradients. Likewise.
+      n: the number of groups, at least 2.
+      batch_size: b, the number of examples in one group.
+      error: the standard error of |G|^2, if Q and A are averages over steps (say, moving ones). By default it is
+        measured where Q and A hold several steps, and else that of one step of Gaussian noise.
+      d_eff: the number of directions in which that Gaussian noise is spread.
+      method: what to call it.
+
+    Returns:
+      A `NoiseScale`, on the host.
+
+    Raises:
+      ValueError: if there are fewer than two groups.
+
+    >>> print(from_groups(5.0, 3.0, n=8, batch_size=4))
+    3.4 +- 1.8
+
+    Reference: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
+    """
+    q, a, n, b = (np.asarray(x, float) for x in (groups_sq, mean_sq, n, batch_size))
+    if not np.all(n >= 2):
+        raise ValueError(f"n={n}: one gradient does not show its own noise, use at least 2 groups")
+    persistent = _less_floor(q, a, 1 / n)
+    power, mean = np.mean(q), np.mean(persistent)
+    if error is None and persistent.size > 1:
+        error = np.std(persistent, ddof=1) / math.sqrt(persistent.size)
+    elif error is None:
+        error = _model_error(power, mean, 1 / np.mean(n), d_eff)
+    return from_scalars(power, mean, error, batch_size=np.mean(b), method=method)
+
+
+def from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
+    """The noise scale from the averages of a gradient and of its square: Adam's, or those over groups.
+
+    B_simple = B sum(v - m^2) / sum(m^2 - rho v)
+
+    A share rho of the noise passes m. For a moving average it is `EMA(b1).floor(t)`, 1/19 for b1 = .9; for a mean over
+    n groups it is 1/n. v must be of the same time as m: with b2 = .999 it lags by 1,000 steps, and while gradients
+    shrink the result is too large. Adam with b1 = b2, or `from_scalars`, does not have that error.
+
+    Args:
+      m: the average gradient, bias-corrected. A tree of arrays. For Adam `optax.tree.bias_correction(mu, b1, count)`.
+      v: the average squared gradient, bias-corrected. A tree of the same structure and shapes, or its sum.
+      rho: Var[m] / Var[g], at least 0 and less than 1. 0 if m and v are means over all the data there is.
+      batch_size: B, the number of examples behind one gradient.
+      d_eff: the number of directions in which the noise is spread; the limit is B (1-rho)/rho sqrt(d_eff/8).
+
+    Returns:
+      A `NoiseScale`, on the host.
+
+    Raises:
+      ValueError: if rho is not in [0, 1).
+
+    >>> print(from_moments(jnp.array([1.0, -1.0]), jnp.array([4.0, 4.0]), rho=1 / 19, batch_size=32))
+    122 +- 48
+
+    Reference: Balles & Hennig 2018, arXiv 1705.07774, for b1 = b2. It holds for all, as E v^ does not depend on b2.
+    """
+    rho = _checked(rho)
+    smoothed, power = (float(x) for x in _sums(m, v))
+    persistent = _less_floor(power, smoothed, rho)
+    error = _model_error(power, persistent, rho, d_eff)
+    return from_scalars(power, persistent, error, batch_size=batch_size, method="moments")
+
+
+def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
+    """The noise scale in the geometry of the sign, which Adam's steps follow: sums of sizes in place of squares.
+
+    B_l1 = B ||sigma||_1^2 / ||G||_1^2,   sigma^2 = (v - m^2) / (1 - rho)
+    |G| = |m| - s e^{-z^2/2} (0.93 - 0.73 z^2),   s^2 = rho sigma^2,   z = m / s
+
+    |m| is too large on average, by 0.8 s where there is no signal; raw |g| in its place makes the estimate saturate at
+    1.57 B. The subtracted term leaves 0.4 s at G = 0, at most 0.1 s from G = s/2 on and nothing at large G, and `limit`
+    knows of the rest. At b1 = .9 a true 10 B reads as 8.5 to 11 B whether G / sigma is the same everywhere or spread
+    like a normal, Laplace or t3 distribution over the parameters, and as 7 B if half of them have no signal.
+
+    Args:
+      m: the average gradient, bias-corrected. A tree of arrays. The smaller its rho, the farther one sees.
+      v: the average squared gradient, bias-corrected. A tree of the same structure and shapes.
+      rho: Var[m] / Var[g], as for `from_moments`.
+      batch_size: B, the number of examples behind one gradient.
+      d_eff: the number of directions in which the noise is spread.
+
+    Returns:
+      A `NoiseScale`, on the host.
+
+    Raises:
+      ValueError: if rho is not in [0, 1).
+
+    >>> print(l1_from_moments(jnp.array([1.0, -1.0]), jnp.array([2.0, 2.0]), rho=0.05, batch_size=32))
+    34 +- 9.5
+
+    Reference: Naganuma et al. 2026, arXiv 2602.03001, for B_l1; the debiased signal is ours.
+    """
+    rho = _checked(rho)
+    sigma, signal = (max(float(x), 0.0) for x in _absolute_sums(m, v, rho))
+    passed = math.sqrt(rho) * sigma
+    error = passed / math.sqrt(d_eff)
+    bounds = (2 * math.hypot(0.4 * passed, error)) ** 2, (signal + 2 * error) ** 2
+    return _divide(sigma**2 + signal**2, signal**2, 2 * signal * error, bounds, batch_size, "l1 moments")
+
+
+def _checked(rho) -> float:
+    if not 0 <= rho < 1:
+        raise ValueError(
+            f"rho={rho}: the share of the noise that passes the average m must be at least 0 and less than 1; "
+            "after one step it is 1, as one gradient does not show its own noise"
+        )
+    return float(rho)
+
+
+def microbatches(loss, size: int, *, at_once: int | None = 1):
+    """The gradient of a batch, computed in groups, and what the groups show of its noise.
+
+    Args:
+      loss: a function (params, *batch) -> the mean loss over the examples on the leading axis of `batch`'s arrays.
+      size: b, the number of examples in a group. It divides the batch. With 1, groups are single examples.
+      at_once: how many groups to compute together, None for all: each holds a gradient in memory meanwhile.
+
+    Returns:
+      A function (params, *batch) -> ((value, `Groups`), gradient), like `jax.value_and_grad(..., has_aux=True)`. Value
+      and gradient are those of the whole batch. It may be jitted, scanned and sharded.
+
+    >>> def loss(w, x):
+    ...     return jnp.mean((w - x) ** 2) / 2
+    >>> (value, groups), grad = microbatches(loss, 1)(0.0, jnp.array([1.0, 2.0, 3.0, 4.0]))
+    >>> print(value, grad, from_groups(*groups))  # Sigma = 5/3, G^2 = 2.5^2 - 5/12
+    3.75 -2.5 0.29 +- 0.29
+
+    Reference: `optax.microbatching.micro_grad`, which does the work.
+    """
+
+    def value_and_grad(params, *batch):
+        numbers = tuple(range(1, len(batch) + 1))
+        grad = optax.microbatching.micro_grad(
+            loss,
+            batch_argnums=numbers,
+            keep_batch_dim=False,
+            microbatch_size=at_once,
+            accumulator=optax.microbatching.AccumulationType.MEAN,
+            metrics_fn=squared_norm,
+        )
+        grads, seen = grad(params, *optax.microbatching.reshape_batch_axis(batch, size))
+        groups = Groups(jnp.mean(seen.metrics), squared_norm(grads), jnp.asarray(seen.metrics.size), jnp.asarray(size))
+        return (jnp.mean(seen.values), groups), grads
+
+    return value_and_grad
+
+
+def replicas(loss, axis_name):
+    """The gradient of a batch that is spread over devices, and what the devices show of its noise.
+
+    For use inside `jax.shard_map`, where every device sees its own part of the batch and the same parameters. Under
+    plain `jit` the compiler adds gradients up unseen, and nobody can measure how they differ.
+
+    Args:
+      loss: a function (params, *batch) -> the mean loss over the examples on the leading axis of `batch`'s arrays.
+      axis_name: the mesh axis (or a tuple of them) that the batch is spread over, with at least 2 devices.
+
+    Returns:
+      A function (params, *batch) -> ((value, `Groups`), gradient), like `jax.value_and_grad(..., has_aux=True)`, the
+      same on every device: the gradient is averaged here, and not again by the caller. It costs one scalar more in the
+      all-reduce.
+    """
+
+    def value_and_grad(params, *batch):
+        # Without the cast the gradient of parameters that are the same on every device is summed before it is seen.
+        value, grads = jax.value_and_grad(loss)(jax.lax.pcast(params, axis_name, to="varying"), *batch)
+        value, groups_sq, grads = jax.lax.pmean((value, squared_norm(grads), grads), axis_name)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        n = jnp.asarray(jax.lax.axis_size(axis_name))
+        return (value, Groups(groups_sq, squared_norm(grads), n, jnp.asarray(size))), grads
+
+    return value_and_grad
+
+
+def _wide(x):
+    """An array in the dtype that sums are computed in."""
+    dtype = compute_dtype(x)
+    return x if jnp.iscomplexobj(x) else x.astype(dtype)
+
+
+def _total(terms):
+    return functools.reduce(jnp.add, terms, jnp.zeros((), jnp.float32))
+
+
+def squared_norm(tree) -> jax.Array:
+    """The sum of |x|^2 over all elements of a tree, in float32 or wider."""
+    return _total(jnp.sum(abs_sq(_wide(x))) for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _sums(m, v):
+    return squared_norm(m), _total(jnp.sum(_wide(x).real) for x in jax.tree.leaves(v))
+
+
+@jax.jit
+def _absolute_sums(m, v, rho):
+    """||sigma||_1 and the debiased ||G||_1."""
+
+    def sums(m, v):
+        square, v = abs_sq(_wide(m)), _wide(v).real
+        variance = jnp.maximum(v - square, 0) / (1 - rho)
+        passed = rho * variance
+        z2 = square / jnp.where(passed > 0, passed, 1)
+        bias = jnp.where(passed > 0, jnp.sqrt(passed) * jnp.exp(-z2 / 2) * (0.93 - 0.73 * z2), 0)
+        return jnp.sum(jnp.sqrt(variance)), jnp.sum(jnp.sqrt(square) - bias)
+
+    pairs = zip(jax.tree.leaves(m), jax.tree.leaves(v), strict=True)
+    sigma, signal = zip(*(sums(*pair) for pair in pairs), strict=True)
+    return _total(sigma), _total(signal)

@@ -1,0 +1,360 @@
+"""What `observe` has measured, for people: one row per layer, groups of layers, everything together.
+
+The state of a run is a few vectors on the device; here, on the host, they become numbers with names and errors. Names
+are the paths of the parameters, read off the tree of the first moment. Numbers for several layers are ratios of sums,
+never means of ratios: a small layer with a wild ratio does not count more than it weighs.
+
+    signal          |m^|, the norm of the average gradient; the noise that passes it is still in it
+    noise           the root of the sum of v^ (without a second moment, of |g|^2)
+    pseudo_snr      signal / noise, Adam's step in units of the learning rate
+    floor           what pure noise would show as pseudo_snr
+    snr             |G|^2 / tr(Sigma), a ratio of powers: the true gradient against the noise of one gradient
+    snr_error       its standard error (`telemetry` derives it)
+    significant     the share of elements that differ from noise at the 5 % level: 0.05 is no signal
+    update_rms, param_rms, effective_step    root mean squares per element, and their ratio
+    gradient_norm   root of the average of |g|^2
+    persistent      the average of <m^_{t-1}, g_t>, which estimates |G|^2: below 0, no descent is left
+    noise_scale     B_simple = tr(Sigma) / |G|^2, in examples, or in batches if no batch size was given; with its
+                    standard error and limit (`noise_scale.NoiseScale`): inf is "more than the limit"
+
+`signal` to `floor`, `significant` and the root mean squares are those of the last examination, the others averages.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from snr_adam import moments
+from snr_adam.noise_scale import NoiseScale, from_scalars
+from snr_adam.telemetry import ObserveState, solve
+
+_TINY = np.finfo(float).tiny
+_SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "significant", "effective_step", "gradient_norm")
+_GLOBAL = ("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step")
+_GLOBAL += ("update_rms", "gradient_norm", "persistent")
+_SPREAD = ("snr", "pseudo_snr", "significant")
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """Sums per row, from which every number is made; float64 (L,) each."""
+
+    size: np.ndarray
+    signal_sq: np.ndarray
+    noise_sq: np.ndarray
+    floor_sq: np.ndarray
+    significant: np.ndarray
+    counted: np.ndarray
+    update_sq: np.ndarray
+    param_sq: np.ndarray
+    gradient_sq: np.ndarray
+    persistent: np.ndarray
+    persistent_var: np.ndarray
+    snr_var: np.ndarray
+
+    def pick(self, rows) -> "_Raw":
+        return _Raw(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    def add(self) -> "_Raw":
+        """One row for all. The errors of different rows count as independent, the floor is weighted by the noise."""
+        total = {field.name: np.nansum(getattr(self, field.name), keepdims=True) for field in dataclasses.fields(self)}
+        power = np.where(np.isfinite(self.persistent), self.gradient_sq - self.persistent, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = self.noise_sq / np.nansum(self.noise_sq)
+            total["floor_sq"] = np.nansum(self.floor_sq * weight, keepdims=True)
+            total["snr_var"] = np.nansum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
+        return _Raw(**total)
+
+    def columns(self, batch_size) -> dict[str, np.ndarray]:
+        """The table."""
+        a, x = self.gradient_sq, self.persistent
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = from_scalars(a, x, np.sqrt(self.persistent_var), batch_size=batch_size or 1.0)
+            signal, noise = np.sqrt(self.signal_sq), np.sqrt(self.noise_sq)
+            update, param = np.sqrt(self.update_sq / self.size), np.sqrt(self.param_sq / self.size)
+            return {
+                "size": self.size,
+                "signal": signal,
+                "noise": noise,
+                "pseudo_snr": signal / noise,
+                "floor": np.sqrt(self.floor_sq),
+                "snr": np.where(x < a, x / (a - x), np.where(np.isfinite(x) & (a > 0), np.inf, np.nan)),
+                "snr_error": np.where(x < a, np.sqrt(self.snr_var), np.nan),
+                "significant": self.significant / self.counted,
+                "effective_step": update / param,
+                "update_rms": update,
+                "param_rms": param,
+                "gradient_norm": np.sqrt(a),
+                "persistent": x,
+                "noise_scale": np.broadcast_to(scale.value, a.shape),
+                "noise_scale_error": np.broadcast_to(scale.error, a.shape),
+                "noise_scale_limit": np.broadcast_to(scale.limit, a.shape),
+            }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers per layer and in total, as `str()` an aligned table, with `rich` a coloured one.
+
+    step: the number of steps taken. names: one per row. columns: float64 (L,) each; total: the same keys; nan where
+    there is no number. batch_size: what noise scales count in, None for batches.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+    total: dict[str, float]
+    batch_size: float | None = None
+    raw: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per row, with its name."""
+        return [
+            {"name": name, **{key: float(column[i]) for key, column in self.columns.items()}}
+            for i, name in enumerate(self.names)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, for JSON; None where there is no finite number."""
+        columns = {key: [_plain(x) for x in column] for key, column in self.columns.items()}
+        total = {key: _plain(x) for key, x in self.total.items()}
+        return {
+            "step": self.step,
+            "batch_size": self.batch_size,
+            "names": list(self.names),
+            **{"columns": columns, "total": total},
+        }
+
+    def group(self, patterns: Mapping[str, str] | list[str]) -> "Report":
+        """One row per pattern: a list of regular expressions, searched in the names, or a dict from new names to them.
+
+        A layer belongs to the first pattern that it matches; those that match none are left out of the rows, and stay
+        in the total.
+        """
+        named = patterns if isinstance(patterns, Mapping) else {pattern: pattern for pattern in patterns}
+        first = [next((key for key, pattern in named.items() if re.search(pattern, name)), None) for name in self.names]
+        kept = [key for key in named if key in first]
+        parts = [self.raw.pick(np.array([key == name for name in first], bool)).add() for key in kept]
+        empty = self.raw.pick(slice(0, 0))
+        raw = _Raw(*(np.concatenate([getattr(p, f.name) for p in (empty, *parts)]) for f in dataclasses.fields(_Raw)))
+        return dataclasses.replace(self, names=tuple(kept), columns=raw.columns(self.batch_size), raw=raw)
+
+    def __str__(self) -> str:
+        lines = [[name, *cells] for name, cells in zip((*self.names, "total"), self._cells(), strict=True)]
+        heads = ["layer", *_SHOWN, "noise scale"]
+        widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
+        texts = [
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in (heads, *lines)
+        ]
+        return "\n".join(
+            [f"step {self.step:,}", texts[0], *texts[1:-1], "-" * len(texts[0]), texts[-1], self._legend()]
+        )
+
+    def _legend(self) -> str:
+        unit = "batches" if self.batch_size is None else "examples"
+        return (
+            "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, `floor` in pure noise; "
+            "snr a ratio of powers;\nsignificant: share of elements, 5.0% in pure noise; effective_step: rms of the "
+            f"update over that of the parameters; noise scale in {unit}"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        rows = [*self.rows, self.total]
+        return [[*(_text(key, row) for key in _SHOWN), _scale_text(row)] for row in rows]
+
+    def __rich_console__(self, console, options):
+        """Markup that `rich` colours: bars for the SNR against the largest, red where there is no signal."""
+        tops = [row["snr"] for row in [*self.rows, self.total] if np.isfinite(row["snr"])]
+        plain = str(self).split("\n")
+        yield f"[bold]{plain[0]}[/bold]"
+        yield f"[bold]{plain[1]}  SNR[/bold]"
+        for text, row in zip([*plain[2 : 2 + len(self.names)], plain[-3]], [*self.rows, self.total], strict=True):
+            dim = not row["snr"] > 2 * row["snr_error"]
+            text = text.replace("[", "\\[")
+            yield f"[{'red' if dim else 'green'}]{text}  {_bar(row['snr'], max(tops, default=0))}[/]"
+        yield f"[dim]{self._legend()}[/dim]"
+
+
+def _bar(x: float, top: float) -> str:
+    """A bar of 8 cells on a logarithmic scale of four decades."""
+    if not np.isfinite(x) or x <= 0 or top <= 0:
+        return ""
+    eighths = round(64 * max(0.0, 1 + math.log10(x / top) / 4))
+    return _BARS[8] * (eighths // 8) + _BARS[eighths % 8].strip()
+
+
+def _plain(x) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _text(key: str, row) -> str:
+    x = row[key]
+    if np.isnan(x):
+        return "-"
+    if key == "significant":
+        return f"{x:.1%}"
+    if key == "snr":
+        return f"{x:.2g} +- {row['snr_error']:.1g}" if np.isfinite(row["snr_error"]) else f"{x:.2g}"
+    return f"{x:.2e}" if key == "effective_step" else f"{x:.3g}"
+
+
+def _scale_text(row) -> str:
+    if np.isnan(row["noise_scale"]):
+        return "-"
+    return str(NoiseScale(row["noise_scale"], row["noise_scale_error"], row["noise_scale_limit"], ""))
+
+
+def _errors(moving, square, rho, decay, forgets, stride):
+    """The variances of L and of the SNR; the formula is that of `telemetry`."""
+    a, x, aa, ax, xx = moving
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.divide(x, a)
+        spread = np.maximum(xx - share**2, 0)
+        both = np.clip(share, 0, 1)
+        v = spread * both / (both + rho)
+        q = forgets * decay**stride
+        pull = 2 * q / (1 - q)
+        ahead = np.where(decay > 0, (1 - decay) / np.where(decay > 0, decay, 1), 0)
+        var_x = square * (spread + pull * (rho + ahead) * v) * a**2
+        z = np.maximum(xx - 2 * share * ax + share**2 * aa, 0)
+        var_snr = square * np.maximum(z + pull * (rho + (1 - 2 * share) * ahead) * v, 0.0) / (1 - share) ** 4
+    return var_x, var_snr
+
+
+def _is_state(node) -> bool:
+    return isinstance(node, ObserveState)
+
+
+def _host(x):
+    """An array, or a box of a library around it, as float64."""
+    return np.asarray(jax.device_get(jax.tree.leaves(x)[0]), float)
+
+
+def _names(state: ObserveState) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Name and size of every entry, and whether its moment is an average."""
+    axes = _host(state.axis).astype(int)
+    names, sizes, kinds, at = [], [], [], 0
+    for name, shape, is_sum in moments.named_shapes(state.inner):
+        axis = axes[at] if at < len(axes) else -1
+        parts = 1 if axis < 0 else shape[axis]
+        names += [name] if axis < 0 else [f"{name}[{i}]" for i in range(parts)]
+        sizes += [math.prod(shape) / parts] * parts
+        kinds += [0.0 if is_sum else 1.0] * parts
+        at += parts
+    if at != len(axes):
+        raise ValueError(f"the state was observed with {len(axes)} entries but its optimizer's moments have {at}")
+    return names, np.array(sizes, float), np.array(kinds, float)
+
+
+def _read(state: ObserveState):
+    """Names, sums per entry, and the total's own sums."""
+    names, sizes, kinds = _names(state)
+    moving = [_host(x) for x in state.moving]
+    first, weights = type(state.first)(*map(_host, state.first)), [_host(x) for x in state.weights]
+    detail = type(state.detail)(*map(_host, state.detail))
+    seen, count, square = (float(_host(x)) for x in (state.seen, state.count, state.square))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rho = np.where(weights[0] > 0, weights[1] / weights[0] ** 2, 1.0)
+        decay, gain = (np.asarray(x, float) for x in solve(first, kinds))
+        left = first.new_new - 2 * (decay * first.new_old + gain * first.new_in)
+        left += decay**2 * first.old_old + 2 * decay * gain * first.old_in + gain**2 * first.in_in
+        strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
+        by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
+        forgets = 1 - 1 / min(max(seen, 2), 50)
+        mean = [np.sum(by_noise * x) / np.sum(by_noise) if len(x) else 0.0 for x in (rho, decay)]
+        rhos, decays = np.append(rho, mean[0]), np.append(decay, mean[1])
+        var_x, var_snr = _errors(moving, square, rhos, decays, forgets, count / max(seen, 1))
+        power = moving[0] if seen else np.full(len(names) + 1, np.nan)
+        noise = np.where(detail.counted > 0, detail.second / weights[2], power[:-1])
+        signal = np.where(weights[0] > 0, detail.first / weights[0] ** 2, np.nan)
+    some = np.where(detail.counted > 0, 1, np.nan)
+    raw = _Raw(
+        sizes, signal, noise, rho, detail.significant * some, detail.counted * some, detail.update, detail.param,
+        power[:-1], np.where(strange, np.nan, moving[1][:-1]), var_x[:-1], var_snr[:-1],
+    )  # fmt: skip
+    own = (
+        {} if np.any(strange) else {"persistent": moving[1][-1:], "persistent_var": var_x[-1:], "snr_var": var_snr[-1:]}
+    )
+    return names, raw, own
+
+
+def report(opt_state, batch_size: float | None = None) -> Report:
+    """Reads what `observe` has measured, wherever in an optimizer's state it is.
+
+    Args:
+      opt_state: the state of an optimizer that is, or contains, `observe(...)`: a chain, partition, `MultiSteps`, an
+        `nnx.Optimizer`'s `opt_state`, ... Only small vectors are fetched from the device.
+      batch_size: the number of examples in a gradient, to report noise scales in examples; else in batches.
+
+    Returns:
+      A `Report`; `print(report(opt_state))` shows it.
+
+    Raises:
+      ValueError: if the state holds nothing observed.
+    """
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+    if not states:
+        raise ValueError(
+            f"no telemetry in this state ({moments.kinds_in(opt_state)}): wrap the optimizer, "
+            "tx = snr_adam.observe(tx), and pass the state of that one"
+        )
+    parts = [_read(state) for state in states]
+    names = tuple(name for part in parts for name in part[0])
+    raw = _Raw(*(np.concatenate([getattr(part[1], f.name) for part in parts]) for f in dataclasses.fields(_Raw)))
+    total = raw.add()
+    if len(parts) == 1:  # leaves share examples, so their errors are not independent: the total has its own
+        total = dataclasses.replace(total, **parts[0][2])
+    columns = total.columns(batch_size)
+    step = max(int(_host(state.count)) for state in states)
+    every = {key: float(column[0]) for key, column in columns.items()}
+    return Report(step, names, raw.columns(batch_size), every, batch_size, raw)
+
+
+def metric_name(name: str) -> str:
+    """A name that W&B, MLflow and TensorBoard take: letters, digits, `_`, `-`, `.` and single slashes."""
+    name = re.sub(r"\[(\w+)\]", r".\1", name)
+    name = re.sub(r"[^\w\-./ ]", "", name).replace(" ", "_")
+    return re.sub(r"/+", "/", name).strip("/")
+
+
+def metrics(
+    opt_state, prefix: str = "snr/", *, layers: bool = False, batch_size: float | None = None
+) -> dict[str, float]:
+    """A flat dict of Python floats for any logger: some twenty numbers for the whole model, whatever its size.
+
+    The totals under their names (`snr/signal`, `snr/snr`, ...), and for the corrected SNR, the pseudo-SNR and the share
+    of significant elements the 10th, 50th and 90th percentile over layers (`snr/snr_p50`). Where a noise scale is
+    beyond its limit there is `snr/noise_scale_limit` and no `snr/noise_scale`; numbers that do not exist are left out.
+
+    Args:
+      opt_state: as in `report`.
+      prefix: put before every key.
+      layers: also every number of every layer, as `snr/snr/layers/kernel`.
+      batch_size: as in `report`.
+
+    Returns:
+      Finite floats by names that W&B, MLflow and TensorBoard take. For histograms over layers, `report(...).columns`.
+    """
+    seen = report(opt_state, batch_size)
+    found = {key: seen.total[key] for key in _GLOBAL}
+    found |= {key: seen.total[key] for key in ("noise_scale", "noise_scale_error", "noise_scale_limit")}
+    for key in _SPREAD:
+        known = seen.columns[key][np.isfinite(seen.columns[key])]
+        if known.size:
+            found |= {f"{key}_p{p}": x for p, x in zip((10, 50, 90), np.percentile(known, (10, 50, 90)), strict=True)}
+    if layers:
+        for row in seen.rows:
+            name = row.pop("name")
+            found |= {metric_name(f"{key}/{name}"): x for key, x in row.items()}
+    return {prefix + key: float(x) for key, x in found.items() if np.isfinite(x)}
