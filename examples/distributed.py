@@ -66,6 +66,7 @@ def prepare(options, size) -> Run:
     """Builds the model abstractly, decides where it lives, and compiles nothing yet."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = snr_adam.adamw(options.rate, b1=char_lm.B1, b2=char_lm.B2, weight_decay=0.1, storage="packed")
+    tx = snr_adam.observe(tx, every=options.report_every)
 
     def create():
         return nnx.split(char_lm.Transformer(size, nnx.Rngs(options.seed)))
@@ -87,8 +88,7 @@ def prepare(options, size) -> Run:
         params, state = carry
         loss, grads = jax.value_and_grad(char_lm.loss_of)(params, graph, batch)
         updates, state = tx.update(grads, state, params)
-        rms = optax.global_norm(updates) / sum(u.size for u in jax.tree.leaves(updates)) ** 0.5
-        return (optax.apply_updates(params, updates), state), (loss, rms)
+        return (optax.apply_updates(params, updates), state), loss
 
     return Run(mesh, places, jax.eval_shape(start), start, step)
 
@@ -99,6 +99,15 @@ def batch_at(step: int, options, size, mesh):
     starts = np.random.default_rng([options.seed, step]).integers(0, len(text) - size.context, size.batch)
     windows = char_lm.windows(text, starts, size.context)
     return jax.make_array_from_callback(windows.shape, NamedSharding(mesh, P("data")), lambda part: windows[part])
+
+
+def telemetry(state, batch: int) -> str:
+    """What `observe` has seen so far, of all layers together: small vectors that every process holds whole."""
+    total = snr_adam.report(state, batch).total
+    scale = (
+        f"{total['noise_scale']:.0f}" if np.isfinite(total["noise_scale"]) else f">= {total['noise_scale_limit']:.0f}"
+    )
+    return f"update RMS {total['update_rms']:.2e}  SNR {total['snr']:.3f}  noise scale {scale} windows"
 
 
 def anywhere(flag: bool) -> bool:
@@ -133,16 +142,16 @@ def work(options, size) -> int:
         print(f"{where}: from step {done}, weights and state {value}")
         print(f"optimizer state: {snr_adam.footprint(carry[1])}", flush=True)
     bar = tqdm(total=options.steps, initial=done, unit=" steps", disable=None if first else True)
-    loss = rms = jnp.nan
+    loss = jnp.nan
     for step in range(done, options.steps):
         if step == options.kill_at and jax.process_index() == jax.process_count() - 1:
             signal.raise_signal(signal.SIGKILL)
-        carry, (loss, rms) = run.step(carry, batch_at(step, options, size, run.mesh))
+        carry, loss = run.step(carry, batch_at(step, options, size, run.mesh))
         bar.update()
         if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
             stop = anywhere(bool(asked))
             if first:
-                tqdm.write(f"step {step + 1:6}  loss {float(loss):.4f}  RMS of the update {float(rms):.2e}")
+                tqdm.write(f"step {step + 1:6}  loss {float(loss):.4f}  {telemetry(carry[1], size.batch)}")
                 sys.stdout.flush()
             if stop or step + 1 == options.steps:
                 done = step + 1
@@ -155,6 +164,7 @@ def work(options, size) -> int:
     manager.close()
     value = digest(carry)
     if first:
+        print(snr_adam.report(carry[1], size.batch))
         print(f"after step {done}: loss {float(loss):.6f}, weights and state {value}", flush=True)
     return 0 if done >= options.steps else STOPPED
 

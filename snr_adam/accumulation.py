@@ -15,8 +15,8 @@ of one example's gradient and G the mean gradient,
     E |g_n|^2 = |G|^2 + tr(Sigma) / b          E |S_n / n|^2 = |G|^2 + tr(Sigma) / (n b)
 
 Both squares are taken when the inner step runs, of the last piece and of the mean; to square every piece would read
-every gradient twice. They serve as the Q and A of `noise_scale.from_groups(Q, A, n, b)`, one of each per step; Q is there
-the mean over all pieces, which has the same expectation and a smaller spread. (McCandlish et al. 2018, arXiv
+every gradient twice. They serve as the Q and A of `noise_scale.from_groups(Q, A, n, b)`, one of each per step; there Q
+is the mean over all pieces, which has the same expectation and a smaller spread. (McCandlish et al. 2018, arXiv
 1812.06162, appendix A.1.)
 """
 

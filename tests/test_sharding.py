@@ -318,10 +318,9 @@ SIZES = {"w": (16, 48), "v": (128, 256), "b": (256,), "odd": (5, 7), "s": ()}
 
 
 @functools.cache
-def _trained(mesh_name, policy, axis="auto"):
-    """Parameters, states and updates of every optimizer after five steps on a mesh."""
-    mesh = _mesh(AXES[axis], **MESHES[mesh_name])
-    optimizers = _every_storage()
+def _trained(mesh_name, policy, axis="auto", optimizers=_every_storage):
+    """Parameters and states of some optimizers after five steps on a mesh."""
+    mesh, optimizers = _mesh(AXES[axis], **MESHES[mesh_name]), optimizers()
     like = P() if policy == "zero1" else P(*("data", "model")[: len(MESHES[mesh_name])])
     rng = np.random.default_rng(0)
 
@@ -371,6 +370,25 @@ def test_the_same_bits_with_explicit_axes():
         _trained("2 x 4", "like parameters", "explicit"),
         _trained("1", "like parameters"),
     )
+
+
+def _observed():
+    return {"observed": snr_adam.observe(snr_adam.adamw(1e-3, storage="packed"))}
+
+
+@pytest.mark.parametrize(("mesh", "policy"), [("8", "like parameters"), ("2 x 4", "like parameters"), ("8", "zero1")])
+def test_the_same_telemetry_on_every_mesh(mesh, policy):
+    """Within 1e-6, for these are sums; those of both signs relative to the sum of their absolute values."""
+    (_, want), (_, got) = (_trained(*each, optimizers=_observed) for each in (("1", "like parameters"), (mesh, policy)))
+    want, got = want["observed"], got["observed"]
+    jax.tree.map(np.testing.assert_array_equal, got.inner, want.inner)
+    assert np.all(want.moving.gradient_sq > 0)
+    np.testing.assert_allclose(got.moving.gradient_sq, want.moving.gradient_sq, rtol=1e-6)
+    error = np.abs(got.moving.persistent - want.moving.persistent)
+    assert np.all(error <= 1e-6 * want.moving.gradient_sq)
+    reports = [snr_adam.report(state) for state in (got, want)]
+    for key in ("update_rms", "param_rms", "gradient_norm", "significant"):
+        np.testing.assert_allclose(*(each.columns[key] for each in reports), rtol=1e-6)
 
 
 def test_policies_are_values():
