@@ -2,10 +2,10 @@
 
     python benchmarks/billion.py        prints a few lines, writes benchmarks/results/billion.json
 
-The tree is that of Llama 3.2 1B: 16 layers of width 2,048, MLPs of 8,192, 8 heads of keys and values for 32 of queries,
-128,256 tokens with one table for both ends. Parameters and gradients are bfloat16, moments packed, the step donated: 2
-+ 2 + 4 bytes per parameter at rest and not much besides, which is what the peak of resident memory shows, from the start
-of the process to its end. On paper (`snr_adam.plan`) are the bytes at rest and those that a step moves.
+The tree is that of Llama 3.2 1B: 16 layers of width 2,048, MLPs of 8,192, 8 heads of keys and values for 32 of
+queries, 128,256 tokens with one table for both ends. Parameters and gradients are bfloat16, moments packed, the step
+donated: 2 + 2 + 4 bytes per parameter at rest and not much besides, which is what the peak of resident memory shows,
+from the start of the process to its end. On paper (`snr_adam.plan`) are the bytes at rest and those that a step moves.
 """
 
 import argparse
@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     row = measure(options)
     print(
         f"time per step {row['step_s']:.3f} s (median of {options.steps}), {row['moved_bytes'] / 1e9:.1f} GB moved by "
-        f"XLA's count, {row['paper_moved_bytes'] / 1e9:.1f} on paper: {row['moved_bytes'] / row['step_s'] / 1e9:.1f} GB/s\n"
+        f"XLA's count, {row['paper_moved_bytes'] / 1e9:.1f} on paper: "
+        f"{row['moved_bytes'] / row['step_s'] / 1e9:.1f} GB/s\n"
         f"peak resident memory {row['peak_bytes'] / 1e9:.2f} GB, {row['peak_over_paper']:.3f} of the paper's "
         f"{row['paper_bytes'] / 1e9:.2f} GB; {row['peak_bytes_before'] / 1e9:.2f} GB of it were Python, JAX and NumPy; "
         f"temporaries of the step {row['temporary_bytes'] / 1e6:.3f} MB"

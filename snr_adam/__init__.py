@@ -13,6 +13,7 @@ from snr_adam import noise_scale as noise_scale
 from snr_adam.accumulation import accumulate as accumulate
 from snr_adam.accumulation import apply_accumulated as apply_accumulated
 from snr_adam.advice import advise as advise
+from snr_adam.memory import footprint as footprint
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation
@@ -46,7 +47,6 @@ from snr_adam.precision import whole_weights as whole_weights
 from snr_adam.reports import Report as Report
 from snr_adam.reports import metrics as metrics
 from snr_adam.reports import report as report
-from snr_adam.sharding import footprint as footprint
 from snr_adam.sharding import state_sharding as state_sharding
 from snr_adam.sharing import share as share
 from snr_adam.sharing import suggest_sharing as suggest_sharing

@@ -19,12 +19,10 @@ and an elementwise step has nothing to communicate but, at most, the updates.
 """
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -132,28 +130,42 @@ def state_sharding(
         for (path, _), p in zip(_tree.named_leaves(params), leaves, strict=True)
     ]
     shapes = [None if p is None else jax.ShapeDtypeStruct(p.shape, p.dtype) for p in leaves]
-    whole = NamedSharding(mesh, PartitionSpec())
+    places = _Places(outer, shapes, specs, mesh, memory_kind)
+    return jax.tree.map(places.of, jax.eval_shape(tx.init, outer.unflatten(shapes)), is_leaf=places.knows)
 
-    def like(x, i):
-        """The sharding of one array that stands at the place of parameter i."""
-        if not hasattr(x, "shape") or not _fits(x.shape, shapes[i].shape):
-            return jax.tree.map(lambda _: whole, x)
-        spec = [entry if size > 1 else None for entry, size in zip(specs[i], x.shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory_kind)
 
-    def place(node):
-        if _is_shared(node):
-            present = [i for i, x in enumerate(outer.flatten_up_to(node.mu)) if not isinstance(x, optax.MaskedNode)]
-            v = tuple(None if x is None else like(x, i) for x, i in zip(node.nu.v, present, strict=True))
-            return node._replace(count=whole, mu=place(node.mu), nu=SharedNoise(v))
-        if not _stands_like(outer, node):
-            return whole
-        return outer.unflatten([like(x, i) for i, x in enumerate(outer.flatten_up_to(node))])
+class _Places(NamedTuple):
+    """The parameters' structure, and per leaf its shape and the spec of what follows it."""
 
-    def known(node):
-        return _stands_like(outer, node.mu if _is_shared(node) else node)
+    outer: Any
+    shapes: list
+    specs: list
+    mesh: Any
+    memory_kind: str | None
 
-    return jax.tree.map(place, jax.eval_shape(tx.init, outer.unflatten(shapes)), is_leaf=known)
+    def knows(self, node) -> bool:
+        """Whether a node of the state is a tree like the parameters, or holds their shared noise."""
+        return _stands_like(self.outer, node.mu if _is_shared(node) else node)
+
+    def of(self, node):
+        """The shardings of such a node, or of an array that is none."""
+        if not self.knows(node):
+            return NamedSharding(self.mesh, PartitionSpec())
+        if not _is_shared(node):
+            return self.outer.unflatten([self._like(x, i) for i, x in enumerate(self.outer.flatten_up_to(node))])
+        there = self.outer.flatten_up_to(node.mu)
+        present = [i for i, x in enumerate(there) if not isinstance(x, optax.MaskedNode)]
+        v = tuple(None if x is None else self._like(x, i) for x, i in zip(node.nu.v, present, strict=True))
+        return node._replace(count=NamedSharding(self.mesh, PartitionSpec()), mu=self.of(node.mu), nu=SharedNoise(v))
+
+    def _like(self, x, i: int):
+        """The sharding of one array that stands at the place of parameter i; of nothing, nothing."""
+        if not hasattr(x, "shape"):
+            return x
+        if not _fits(x.shape, self.shapes[i].shape):
+            return NamedSharding(self.mesh, PartitionSpec())
+        spec = [entry if size > 1 else None for entry, size in zip(self.specs[i], x.shape, strict=True)]
+        return NamedSharding(self.mesh, PartitionSpec(*spec), memory_kind=self.memory_kind)
 
 
 def _is_shared(node) -> bool:
@@ -174,9 +186,9 @@ def _fits(shape, whole) -> bool:
     return len(shape) == len(whole) and all(a in (b, 1) for a, b in zip(shape, whole, strict=True))
 
 
-def _names(entry: Hashable) -> tuple[str, ...]:
+def _names(entry: Any) -> tuple[str, ...]:
     """The mesh axes that one entry of a spec names."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)  # type: ignore
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _ways(axes, mesh) -> int:
@@ -211,62 +223,3 @@ def _check_memory(mesh, kind: str | None) -> None:
             f"memory_kind={kind!r}: the mesh's {mesh.devices.flat[0].platform} devices have {sorted(kinds)}. "
             "Leave it out to keep the state in the devices' own memory"
         )
-
-
-class Footprint(NamedTuple):
-    """What a tree of arrays costs in memory; all sizes in bytes. `str()` is a few lines.
-
-    total: of all arrays, each counted once; per_device: what one device holds; devices: how many there are; whole: path
-    and size of the arrays that every device holds whole, the largest first.
-    """
-
-    total: int
-    per_device: int
-    devices: int
-    whole: tuple[tuple[str, int], ...]
-
-    def __str__(self) -> str:
-        share = self.per_device / self.total if self.total else 1.0
-        lines = [
-            f"{_size(self.total)} in all, {_size(self.per_device)} on each of {self.devices} devices: {share:.2%}, "
-            f"where an even split is {1 / self.devices:.2%}"
-        ]
-        if self.devices > 1 and self.whole:
-            kept = sum(size for _, size in self.whole)
-            names = ", ".join(f"{path} ({_size(size)})" for path, size in self.whole[:3])
-            more = ", ..." if len(self.whole) > 3 else ""
-            lines.append(f"whole on every device: {len(self.whole)} arrays, {_size(kept)}: {names}{more}")
-        return "\n".join(lines)
-
-
-def footprint(tree, shardings=None) -> Footprint:
-    """How many bytes each device holds of a state, a tree of parameters, or any other tree of arrays.
-
-    Args:
-      tree: arrays; or anything with shapes and dtypes, such as `jax.eval_shape(tx.init, params)`, with `shardings`.
-      shardings: a tree of shardings like `tree`, such as `state_sharding` gives; None for the arrays' own.
-
-    Returns:
-      A `Footprint`.
-
-    >>> print(footprint(jax.numpy.zeros((1000, 1000))))
-    4.00 MB in all, 4.00 MB on each of 1 devices: 100.00%, where an even split is 100.00%
-    """
-    arrays = jax.tree_util.tree_leaves_with_path(tree)
-    where = [x.sharding for _, x in arrays] if shardings is None else jax.tree.leaves(shardings)
-    total, per_device, whole = 0, 0, []
-    for (path, x), sharding in zip(arrays, where, strict=True):
-        size = x.size * x.dtype.itemsize
-        here = int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
-        total, per_device = total + size, per_device + here
-        if here == size:
-            whole.append((_tree.name(path), size))
-    devices = max((sharding.num_devices for sharding in where), default=1)
-    return Footprint(total, per_device, devices, tuple(sorted(whole, key=lambda each: -each[1])))
-
-
-def _size(count: int) -> str:
-    for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= power:
-            return f"{count / power:.3g} {unit}" if count / power >= 100 else f"{count / power:.2f} {unit}"
-    return f"{count} bytes"

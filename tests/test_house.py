@@ -14,7 +14,7 @@ LAYERS = (
     {"signal", "noise", "storage"},
     {"transform"},
     {"noise_scale"},
-    {"precision", "telemetry", "guard", "sharing", "sharding", "accumulation", "checkpoint"},
+    {"precision", "telemetry", "guard", "sharing", "sharding", "accumulation", "memory", "checkpoint"},
     {"control", "advice", "optimizers"},
     {"plots", "plan", "__init__"},
 )
