@@ -164,9 +164,9 @@ class Report:
     def _legend(self) -> str:
         unit = "batches" if self.batch_size is None else "examples"
         return (
-            "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, `floor` in pure noise; "
-            "snr a ratio of powers;\nsignificant: share of elements, 5.0% in pure noise; effective_step: rms of the "
-            f"update over that of the parameters; noise scale in {unit}"
+            "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, floor what noise "
+            "shows;\nsnr a ratio of powers; significant: share of elements, 5% in pure noise; effective_step: rms of "
+            f"the update over that of the parameters; noise scale in {unit}"
         )
 
     def _cells(self) -> list[list[str]]:
@@ -215,21 +215,18 @@ def _scale_text(row) -> str:
     return str(NoiseScale(row["noise_scale"], row["noise_scale_error"], row["noise_scale_limit"], ""))
 
 
-def _errors(moving, square, rho, decay, forgets, stride):
+def _errors(moving, square, rho, decay, newest, q):
     """The variances of L and of the SNR; the formula is that of `telemetry`."""
     a, x, aa, ax, xx = moving
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.divide(x, a)
-        spread = np.maximum(xx - share**2, 0)
-        both = np.clip(share, 0, 1)
-        v = spread * both / (both + rho)
-        q = forgets * decay**stride
-        pull = 2 * q / (1 - q)
-        ahead = np.where(decay > 0, (1 - decay) / np.where(decay > 0, decay, 1), 0)
-        var_x = square * (spread + pull * (rho + ahead) * v) * a**2
-        z = np.maximum(xx - 2 * share * ax + share**2 * aa, 0)
-        var_snr = square * np.maximum(z + pull * (rho + (1 - 2 * share) * ahead) * v, 0.0) / (1 - share) ** 4
-    return var_x, var_snr
+    share = x / a
+    both = np.clip(share, 0, 1)
+    per_share = xx / (both + rho)
+    v = per_share * both
+    pull, ahead = 2 * q / (1 - q), newest / np.maximum(decay, _TINY)
+    model = ((1 - 2 * share) ** 2 + rho) * v + (rho + 2 * both**2) * per_share * (1 - both)
+    z = np.maximum(xx - 2 * share * ax + share**2 * aa, model)
+    var_x = square * (xx + pull * (rho + ahead) * v) * a**2
+    return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4
 
 
 def _is_state(node) -> bool:
@@ -272,9 +269,11 @@ def _read(state: ObserveState):
         strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
         by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
         forgets = 1 - 1 / min(max(seen, 2), 50)
-        mean = [np.sum(by_noise * x) / np.sum(by_noise) if len(x) else 0.0 for x in (rho, decay)]
-        rhos, decays = np.append(rho, mean[0]), np.append(decay, mean[1])
-        var_x, var_snr = _errors(moving, square, rhos, decays, forgets, count / max(seen, 1))
+        of_m = [
+            np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
+            for x in (rho, decay, np.where(weights[0] > 0, gain / weights[0], 0.0))
+        ]
+        var_x, var_snr = _errors(moving, square, *of_m, forgets * of_m[1] ** (count / max(seen, 1)))
         power = moving[0] if seen else np.full(len(names) + 1, np.nan)
         noise = np.where(detail.counted > 0, detail.second / weights[2], power[:-1])
         signal = np.where(weights[0] > 0, detail.first / weights[0] ** 2, np.nan)

@@ -13,15 +13,22 @@ No second moment enters, so it holds for any optimizer with momentum and does no
 *Floor.* Noise passes m^ too: E |m^|^2 = |G|^2 + rho tr(Sigma) with rho = sum a_s^2 / (sum a_s)^2, for an EMA
 (1-b)(1+b^t) / ((1+b)(1-b^t)). Pure noise shows a pseudo-SNR |m^| / |v^|^(1/2) of sqrt(rho): 0.23 for b1 = .9.
 
-*Standard error.* With l = L / A the error of the SNR is that of z_t = (L_t - l A_t) / A, by the delta method:
+*Standard error.* With l = L / A the error of the SNR is that of z_t = (L_t - l A_t) / A, by the delta
+method:
 
-    Var SNR = sum w^2 (E z^2 + 2 q / (1-q) (rho + (1 - 2l) (1-b) / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
+    Var SNR = sum w^2 (Var z + 2 q / (1-q) (rho + (1 - 2l) a_1 / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
 
-w are the weights of the steps, E z^2 is measured. The second term is the autocorrelation of L_t. Where all is noise it
+w are the weights of the steps, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise it
 is 0: L_t is a martingale difference. Where there is signal, x_s enters L_s through <G, x_s> and again, through m, all
 later ones: V = G' Sigma G / A^2 is that part of Var L, taking it that the signal lies in the directions where the noise
-lies; q = a b^k with a the decay of the average and k the steps between two observations. Left out, the error of L would
-be half of what it is. Less signal than about 2 errors cannot be told from none.
+lies; a_1 is the weight of the newest gradient in m^ (1-b for an EMA), q = a b^k with a the decay of the average and k
+the steps between two observations. Left out, the error of L would be half of what it is. Where the SNR is above 1 the
+second term is negative and the difference of the two uncertain; it is kept above its value for Gaussian noise,
+
+    ((1 - 2l)^2 + rho) V + (rho + 2 l^2) V (1-l) / l       in place of Var z where that is less.
+
+The error of L itself is the same with l = 0 in the brackets and Var(L/A) for Var z. Less signal than about 2 errors
+cannot be told from none: the limit of detection, which `noise_scale` turns into ">= limit".
 
 *Decays* are not asked for but measured: least squares of m_t on m_{t-1} and g_t gives decay and gain of every leaf,
 whatever comes before the moment (a clipped gradient has a smaller gain) and however it is stored. The sums of the
@@ -53,14 +60,15 @@ _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
 _PRIOR, _GUESS = 1e-4, 1e-8
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
+_BEND = 2.42  # see _level
 
 
 @_tree.exportable
 class Moving(NamedTuple):
     """Averages over observed steps, each float32 of shape (L + 1,): one per leaf or slice, the last for all together.
 
-    gradient_sq, persistent: A and L. aa, ax, xx: the mean squares and product of A_t and L_t, each divided by the A of
-    its time, which the standard error is made of.
+    gradient_sq, persistent: A and L. aa, ax, xx: the variances and the covariance of A_t and L_t in units of the A of
+    their time, which the standard error is made of (after West 1979, so that nothing cancels).
     """
 
     gradient_sq: Any
@@ -251,10 +259,12 @@ def _average(state: ObserveState, power, persistent):
     gain = jnp.maximum(1 / (n + 1), 1 / WINDOW)
     a, x = _with_total(power), _with_total(persistent)
     old = state.moving
-    mean = old.gradient_sq + gain * (a - old.gradient_sq)
+    da, dx = a - old.gradient_sq, x - old.persistent
+    mean = old.gradient_sq + gain * da
     scale = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
-    ra, rx = a * scale, x * scale
-    new = Moving(mean, *(o + gain * (y - o) for o, y in zip(old[1:], (x, ra * ra, ra * rx, rx * rx), strict=True)))
+    ra, rx = da * scale, dx * scale
+    spreads = zip(old[2:], (ra * ra, ra * rx, rx * rx), strict=True)
+    new = Moving(mean, old.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads))
     usable = (state.count > 0) & jnp.isfinite(a[-1]) & jnp.isfinite(x[-1])
     square = (1 - gain) ** 2 * state.square + gain**2
     new = (new, square, state.seen + 1)
@@ -279,7 +289,20 @@ def _examine(state: ObserveState, sums):
     return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
 
 
-def _elements(g, old, new, p, u, weights: Weights, leaf: _Leaf):
+def _level(first, second, weights: Weights):
+    """The square of m^ / (rho v^)^(1/2) that noise exceeds in 5 % of cases: 3.84, less what v^ owes to m^ itself.
+
+    Of v^, a share kappa moves with m^^2, which calls for 3.84 / (1 + 2.84 kappa). The rest of its variance, 2 rho_v -
+    2 kappa^2, widens the tail: by half the curvature of the normal tail over its slope there, 1.21.
+    """
+    (d, _), (_, gain) = first, second
+    newest = jnp.clip(gain / jnp.where(weights.second > 0, weights.second, 1.0), 0.0, 1.0)
+    kappa = newest * (1 - d * d) / (1 - (1 - newest) * d * d)
+    rest = newest / (2 - newest) - kappa * kappa
+    return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
+
+
+def _elements(g, old, new, p, u, least, leaf: _Leaf):
     """The sums over the elements of one leaf that `_examine` takes."""
 
     def along(x):
@@ -292,7 +315,7 @@ def _elements(g, old, new, p, u, weights: Weights, leaf: _Leaf):
     hits = counted = jnp.zeros((), jnp.float32)
     if v is not None:
         counted = (abs_sq(g) > 0) & (v > 0)
-        hits = counted & (abs_sq(m) * along(weights.second) > _LEVEL * along(weights.square) * v)
+        hits = counted & (abs_sq(m) > along(least) * v)
     v, v1 = (jnp.zeros((), jnp.float32) if x is None else x for x in (v, v1))
     p = jnp.nan if p is None else abs_sq(_wide(p))
     u = abs_sq(_wide(u))
@@ -378,6 +401,11 @@ def observe(
 
     def init(params):
         inner = tx.init(params)
+        if "MultiStepsState" in kinds_in(inner):
+            raise ValueError(
+                "observe: most gradients that MultiSteps is given do not reach the moment; observe what is inside of "
+                "MultiSteps instead: optax.MultiSteps(snr_adam.observe(tx), k)"
+            )
         leaves, outer = _tree.flatten(params)
         observed = _observed(params, find(inner, outer, leaves), layer_axis)
         if not observed and any(x is not None for x in leaves):
@@ -411,11 +439,13 @@ def observe(
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
             us, before, after = outer.flatten_up_to(us), find(state.inner, outer, leaves), find(inner, outer, leaves)
+            learnt = solve(state.first, ones), solve(state.second, 1.0)
+            least = _level(*learnt, state.weights) * state.weights.square / state.weights.second
             rows = []
             for leaf in observed:
                 i = leaf.number
                 moments = before[i].read(), after[i].read()
-                rows.append(_elements(_wide(leaves[i]), *moments, ps[i], us[i], state.weights, leaf))
+                rows.append(_elements(_wide(leaves[i]), *moments, ps[i], us[i], least, leaf))
             columns = zip(*rows, strict=True) if rows else [[]] * 12
             return _examine(state, [_join(list(column), 0) for column in columns])
 
