@@ -66,7 +66,7 @@ def prepare(options, size) -> Run:
     """Builds the model abstractly, decides where it lives, and compiles nothing yet."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = snr_adam.adamw(options.rate, b1=char_lm.B1, b2=char_lm.B2, weight_decay=0.1, storage="packed")
-    tx = snr_adam.observe(tx, every=options.report_every)
+    tx = snr_adam.observe(tx)
 
     def create():
         return nnx.split(char_lm.Transformer(size, nnx.Rngs(options.seed)))
