@@ -1,5 +1,7 @@
 """The plan's bytes are those of the programs that XLA compiles; the tables in docs/scale.md are the plan's."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -95,6 +97,28 @@ def test_the_command_prints_a_plan(capsys):
     said = capsys.readouterr().out
     assert len(re.findall(r"^\| (1|64) \|", said, re.MULTILINE)) == 18
     assert "TPU v5p" in said
+
+
+def test_a_billion_parameters_fit_the_plan(tmp_path, monkeypatch, capsys):
+    """The benchmark of a billion parameters runs in small, and what the page says of its last run is in the results."""
+    monkeypatch.syspath_prepend(DOC.parent.parent / "benchmarks")
+    billion = importlib.import_module("billion")
+    last = json.loads((DOC.parent.parent / "benchmarks" / "results" / "billion.json").read_text())["rows"][0]
+    billion.main(["--layers", "0", "--vocabulary", "500", "--steps", "2", "--json", str(tmp_path / "b.json")])
+    small = json.loads((tmp_path / "b.json").read_text())["rows"][0]
+    assert small["parameters"] == 501 * 2048
+    assert small["temporary_bytes"] < 1024
+    assert "peak resident memory" in capsys.readouterr().out
+    for row in (small, last):
+        assert row["moved_bytes"] == pytest.approx(row["paper_moved_bytes"], rel=0.05)
+    assert last["parameters"] == 1_235_814_400
+    assert last["peak_bytes"] < 24e9
+    for said in (
+        f"{last['step_s']:.2f} s",
+        f"{last['peak_bytes'] / 1e9:.2f} GB",
+        f"{last['peak_over_paper']:.3f} of the",
+    ):
+        assert said in DOC.read_text()
 
 
 def test_the_code_of_the_page_runs(capsys):
