@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
+import snr_adam
 from snr_adam import telemetry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -177,6 +180,23 @@ def test_l1_tells_the_noise_scale_in_adams_geometry(scales, step):
 def test_noise_scales_are_never_negative(scales):
     looks = [look for step in scales for look in scales[step]]
     assert min(min(look.scalars.value, look.l1.value, look.exact, look.l1_exact) for look in looks) >= 0
+
+
+def test_noise_lies_in_few_directions():
+    """What `noise_scale.D_EFF` stands for: in the example's network about 13, whatever the diagonal of Sigma says."""
+    x, y = noise_scale.load(0.0)
+    graph, params = nnx.split(noise_scale.MLP(nnx.Rngs(0)))
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y)
+
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, x, y)
+    each = np.concatenate([np.asarray(g, float).reshape(len(x), -1) for g in jax.tree.leaves(each)], axis=1)
+    each -= each.mean(0)
+    of_trace = (each**2).mean(0).sum() ** 2
+    assert of_trace / ((each @ each.T / len(x)) ** 2).sum() == pytest.approx(13, abs=2)
+    assert of_trace / ((each**2).mean(0) ** 2).sum() == pytest.approx(155, rel=0.2)
+    assert snr_adam.noise_scale.D_EFF == 10
 
 
 def test_noise_scale_says_what_it_measured(tmp_path, capsys):

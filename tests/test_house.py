@@ -13,9 +13,9 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage"},
     {"transform"},
-    {"noise_scale"},
+    {"noise_scale", "moments"},
     {"precision", "telemetry", "guard", "sharing", "sharding", "accumulation", "memory", "checkpoint"},
-    {"control", "advice", "optimizers"},
+    {"control", "advice", "reports", "optimizers"},
     {"plots", "plan", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
