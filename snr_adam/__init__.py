@@ -10,6 +10,8 @@ squares. A member of the family is a choice of how the one and the other are est
 """
 
 from snr_adam import noise_scale as noise_scale
+from snr_adam.accumulation import accumulate as accumulate
+from snr_adam.accumulation import apply_accumulated as apply_accumulated
 from snr_adam.advice import advise as advise
 from snr_adam.checkpoint import digest as digest
 from snr_adam.checks import check_hyperparams as check_hyperparams
@@ -17,6 +19,7 @@ from snr_adam.guard import GuardState as GuardState
 from snr_adam.guard import guard as guard
 from snr_adam.guard import health as health
 from snr_adam.history import History as History
+from snr_adam.memory import footprint as footprint
 from snr_adam.migration import from_optax as from_optax
 from snr_adam.migration import to_optax as to_optax
 from snr_adam.noise import RMS as RMS
@@ -52,6 +55,7 @@ from snr_adam.precision import whole_weights as whole_weights
 from snr_adam.reports import Report as Report
 from snr_adam.reports import metrics as metrics
 from snr_adam.reports import report as report
+from snr_adam.sharding import state_sharding as state_sharding
 from snr_adam.sharing import share as share
 from snr_adam.sharing import suggest_sharing as suggest_sharing
 from snr_adam.signal import EMA as EMA

@@ -1,0 +1,138 @@
+"""One optimizer step for several microbatches.
+
+A batch that does not fit into memory is taken in n pieces. Their gradients are summed, and the optimizer sees the mean,
+
+    S_i = S_{i-1} + g_i  (S_0 = 0)        u = inner update of S_n / n        and zero after the pieces before the last
+
+A microbatch that only accumulates moves what it must: gradient in, sum in, sum out, 12 bytes per float32 parameter.
+The inner optimizer does not run (it is in the other branch of a `lax.cond`), and there is one buffer: when the sum has
+been used, the update u lies in its place until the next sum begins. `update` returns that buffer or zero, an expression
+that fuses with `params + update`, so that a tree of zeros is never written; `apply_accumulated` leaves that sum out.
+
+Gradients of pieces also say how noisy a gradient is, for nothing. For pieces of b examples, with Sigma the covariance
+of one example's gradient and G the mean gradient,
+
+    E |g_n|^2 = |G|^2 + tr(Sigma) / b          E |S_n / n|^2 = |G|^2 + tr(Sigma) / (n b)
+
+Both squares are taken when the inner step runs, of the last piece and of the mean; to square every piece would read
+every gradient twice. They serve as the Q and A of `noise_scale.from_groups(Q, A, n, b)`, one of each per step; there Q
+is the mean over all pieces, which has the same expectation and a smaller spread. (McCandlish et al. 2018, arXiv
+1812.06162, appendix A.1.)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from snr_adam import _tree
+from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
+
+
+@_tree.exportable
+class AccumulateState(NamedTuple):
+    """Between two microbatches.
+
+    count: int32 scalar, microbatches in the sum; 0 right after a step of the inner optimizer.
+    steps: int32 scalar, steps of the inner optimizer so far.
+    buffer: a tree like the parameters, float32: the sum, or if count is 0 the last update.
+    piece_sq: float32 scalar, |g_n|^2 of the last step's last microbatch.
+    mean_sq: float32 scalar, |S_n / n|^2 of the last step.
+    inner: the wrapped optimizer's state.
+    """
+
+    count: Any
+    steps: Any
+    buffer: Any
+    piece_sq: Any
+    mean_sq: Any
+    inner: Any
+
+
+def accumulate(
+    tx: optax.GradientTransformation, every: int | Callable[[jax.Array], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `tx` once for every so many microbatches, on the mean of their gradients.
+
+    The result is that of one large batch, to float32 rounding, for losses that are means over examples and microbatches
+    of one size. Microbatches that only accumulate change neither parameters nor the inner state.
+
+    Args:
+      tx: any optimizer; the result replaces it.
+      every: n, microbatches per step; or a schedule of n, a function of the number of steps so far, for a batch size
+        that grows.
+
+    Returns:
+      A transformation with the state `AccumulateState`. Its updates have the gradients' dtypes, or wider ones if `tx`
+      gives such; they are zero but after every n-th microbatch, when `state.count` is 0.
+
+    Raises:
+      ValueError: if `every` is a number below 1.
+
+    >>> tx = accumulate(optax.sgd(0.5), every=2)
+    >>> state = tx.init(jnp.zeros(()))
+    >>> for g in (1.0, 3.0):
+    ...     updates, state = tx.update(jnp.array(g), state)
+    ...     print(updates, state.count)
+    0.0 1
+    -1.0 0
+    """
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"every={every}: a step needs at least 1 microbatch")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        leaves, outer = _tree.flatten(params)
+        _tree.check_floating("parameter", params, leaves)
+        buffer = [None if p is None else _tree.init_like(moment_like, _tree.as_array(p)) for p in leaves]
+        square = _tree.init_like(_scalar, next((p for p in leaves if _tree.is_abstract(p)), None))
+        counts = _tree.new_count(leaves), _tree.new_count(leaves)
+        return AccumulateState(*counts, outer.unflatten(buffer), square, square, tx.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        n = jnp.asarray(every(state.steps) if callable(every) else every, jnp.int32)
+        grads = jax.tree.map(_tree.as_array, updates)
+        like, _ = jax.eval_shape(tx.update, grads, state.inner, params, **extra_args)
+        # what lies in the buffer of a step that was taken is its update, and no part of the next sum
+        total = jax.tree.map(lambda s, g: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), state.buffer, grads)
+
+        def run(state):
+            piece, whole = _square(grads), _square(state.buffer)
+            # whole < 0 is never true, which no compiler knows: the sum is read before the update takes its place, and
+            # need not be copied
+            pieces = jnp.where(whole < 0, 0, n)
+            mean = jax.tree.map(lambda s: divide(s, pieces.astype(compute_dtype(s))), state.buffer)
+            given = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, grads)
+            us, inner = tx.update(given, state.inner, params, **extra_args)
+            buffer = jax.tree.map(lambda u, s: u.astype(s.dtype), us, state.buffer)
+            squares = piece, whole / (n * n).astype(jnp.float32)
+            return AccumulateState(jnp.zeros_like(n), optax.safe_increment(state.steps), buffer, *squares, inner)
+
+        done = state.count + 1 >= n
+        state = state._replace(count=state.count + 1, buffer=total)
+        state = jax.lax.cond(done, run, lambda state: state, state)
+        return jax.tree.map(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply_accumulated(params, state: AccumulateState):
+    """`optax.apply_updates` for the state that `update` returned: adds the update after a step, else touches nothing.
+
+    The sum with zero reads and writes every parameter to no effect. This does not; the rest is the same, bit for bit:
+
+        _, state = tx.update(grads, state, params)
+        params = apply_accumulated(params, state)
+    """
+    return jax.lax.cond(state.count == 0, optax.apply_updates, lambda params, _: params, params, state.buffer)
+
+
+def _scalar(_):
+    return jnp.zeros((), jnp.float32)
+
+
+def _square(tree):
+    """The squared norm of a tree, float32."""
+    return sum((jnp.sum(abs_sq(x), dtype=jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
