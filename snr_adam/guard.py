@@ -7,8 +7,9 @@ its verdict enters the step as two scalars: whether to take it, and what to mult
     taken = no g is NaN or infinite                    a bad step changes nothing but the guard's own counters
     g := g min(1, clip_norm / sqrt(S))                 clipping by the global norm (Pascanu et al. 2013)
 
-S is the sum for gradients cut off at +-2^48 = 2.8e14 (`_numerics.saturate`), as the step will see them. So it cannot
-overflow and erase a step, and is NaN only where a gradient is not finite: one sum serves for both.
+S is the sum for gradients cut off at +-2^62 = 4.6e18 (`_numerics.saturate`), as the step will see them, and summed in
+units of 2^14. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
+sum serves for both. The norm of gradients that are all under 2^-49 = 1.8e-15 is 0.
 
 For an optimizer of this package the verdict is carried into the step: it keeps its old moments, computes the update
 from what it kept, and reads nothing twice. Any other optimizer takes its step, and the guard puts the old state back.
@@ -63,7 +64,7 @@ def _look(leaves: list) -> _Look:
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
-    return _Look(first, jnp.sqrt(jnp.sum(squares)))
+    return _Look(first, jnp.sqrt(jnp.sum(squares)) * _unit(dtype))
 
 
 def _is_real(g) -> bool:
@@ -71,8 +72,13 @@ def _is_real(g) -> bool:
     return jnp.issubdtype(jnp.result_type(g), jnp.inexact)
 
 
+def _unit(dtype) -> float:
+    """What gradients are measured in before they are squared, so that 2^31 squares of the largest have a finite sum."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 8 - 2)
+
+
 def _square(g, one):
-    """|g|^2 of a whole leaf, cut off: finite if all of g is, else NaN.
+    """|g|^2 of a whole leaf, cut off, in units: finite if all of g is, else NaN.
 
     g - g is 0, or NaN where g is not finite. XLA's reductions on a CPU take in arithmetic and min, but no select and no
     clamp: those would first write an array as large as the leaf.
@@ -81,6 +87,7 @@ def _square(g, one):
         return _square(g.real, one) + _square(g.imag, one)
     g = _widen(g)
     x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one.astype(g.dtype)) + (g - g)
+    x = x * (1 / _unit(g.dtype))
     return jnp.sum(x * x)
 
 

@@ -55,8 +55,9 @@ from snr_adam import _tree
 from snr_adam._numerics import abs_sq, compute_dtype
 from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
-WINDOW = 50
-"""Averages over observed steps are plain means of the first 50 and forget at that rate from then on."""
+WINDOW = 80
+"""Averages over observed steps are plain means of the first 80 and forget at that rate from then on: long enough for
+noise scales, short enough to follow a loss that falls (`tests/test_examples.py` compares both with the exact value)."""
 _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import snr_adam
-from snr_adam import telemetry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EPOCHS = 48
@@ -171,10 +170,7 @@ def scales():
     return {looks[0].step: looks for looks in zip(*runs, strict=True)}
 
 
-late = pytest.mark.xfail(telemetry.WINDOW < 80, reason="averages over 50 steps tell of less than persists")
-
-
-@pytest.mark.parametrize("step", [50, 100, 200, 300, pytest.param(400, marks=late)])
+@pytest.mark.parametrize("step", [50, 100, 200, 300, 400])
 def test_two_scalars_tell_the_noise_scale_of_a_real_run(scales, step):
     """Mean over 3 seeds, within 25 % of that of the exact noise scale."""
     found, exact = (np.mean(x) for x in zip(*((look.scalars.value, look.exact) for look in scales[step]), strict=True))
