@@ -11,7 +11,14 @@ squares. A member of the family is a choice of how the one and the other are est
 
 from snr_adam import noise_scale as noise_scale
 from snr_adam.advice import advise as advise
+from snr_adam.checkpoint import digest as digest
+from snr_adam.checks import check_hyperparams as check_hyperparams
+from snr_adam.guard import GuardState as GuardState
+from snr_adam.guard import guard as guard
+from snr_adam.guard import health as health
 from snr_adam.history import History as History
+from snr_adam.migration import from_optax as from_optax
+from snr_adam.migration import to_optax as to_optax
 from snr_adam.noise import RMS as RMS
 from snr_adam.noise import Belief as Belief
 from snr_adam.noise import Deviation as Deviation

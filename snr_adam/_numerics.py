@@ -12,6 +12,7 @@ fuse them or not fuse them in the same way everywhere: the bits do not depend on
 Numbers that are known when the optimizer is built are held as Python floats and reach the device rounded once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from snr_adam.checks import check_scalar
 
 Scalar = float | jax.Array
 Hyper = Scalar | Callable[[Any], Any]
@@ -50,7 +53,8 @@ def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
     """The value of a hyper-parameter at step t = 1, 2, ...: a Python float if it is known now, else an array (of
     `dtype`)."""
     if callable(hyper):
-        hyper = hyper(t - 1)
+        schedule, hyper = hyper, hyper(t - 1)
+        check_scalar(f"the value of schedule {getattr(schedule, '__name__', schedule)}", hyper, "one real number")
     if isinstance(hyper, (int, float, np.generic, np.ndarray)):
         return float(hyper)
     return jnp.asarray(hyper, dtype)
@@ -96,10 +100,45 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
-    """|x|^2 in the shape of v: averaged over the axes along which v has one entry for all of x."""
+def mean_onto(v, x: jax.Array) -> jax.Array:
+    """x in the shape of v: averaged over the axes along which v has one entry for all of x."""
     axes = tuple(axis for axis, size in enumerate(v.shape) if size == 1 and x.shape[axis] != 1)
-    return jnp.mean(abs_sq(x), axes, keepdims=True) if axes else abs_sq(x)
+    return jnp.mean(x, axes, keepdims=True) if axes else x
+
+
+def largest(dtype) -> float:
+    """The largest gradient that is told from larger ones: 2^48; float64: 2^384. 2^31 of its squares can be summed."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 8)
+
+
+def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
+    """x, its parts cut off at +-`largest` times a scale, infinities included; NaN stays NaN.
+
+    One square that overflows makes v infinite and the step 0 or NaN for ever. Cut off before the signal and the noise
+    see it, such a gradient has the ratio that a huge one should have, and v forgets it, though from 2^96 to 1 takes it
+    67 / (1 - b2) steps. `guard` skips infinities instead.
+    """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
+    limit = jnp.asarray(largest(x.dtype) * scale, x.dtype)
+    return jax.lax.clamp(-limit, x, limit)
+
+
+def root(v: jax.Array) -> jax.Array:
+    """sqrt(v) of a second moment, at least 2^-63 (float64: 2^-511).
+
+    Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
+    signal was not, x / sqrt(v) would be infinite, or NaN once both are gone.
+    """
+    return jnp.sqrt(v + float(jnp.finfo(v.dtype).tiny))
+
+
+def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
+    """|x|^2 in the shape of v."""
+    square = abs_sq(x)
+    mean = mean_onto(v, square)
+    # the sum over the axes may overflow; their mean is at most this, for complex x and differences of two gradients too
+    return mean if mean is square else jnp.minimum(mean, 8 * largest(x.dtype) ** 2)
 
 
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
@@ -107,34 +146,68 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
 
 
-def _mix(x):
+def mix(x):
     """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
-def step_seed(count) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 words that are unrelated from step to step; computed once for all arrays."""
-    seed = _mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
-    return seed, _mix(seed)
+class Seed(NamedTuple):
+    """Two uint32 words that are unrelated from step to step and from array to array."""
+
+    before: jax.Array
+    between: jax.Array
 
 
-def random_bits(shape: tuple[int, ...], stream: int, seed: tuple[jax.Array, jax.Array], leaf: int) -> jax.Array:
-    """uint32 random bits for an array, a function of the step, the leaf's number and the element's index alone.
+def seeds_at(count, arrays: int) -> list[Seed]:
+    """The seeds of so many arrays at step `count`.
 
-    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
-    Step and leaf enter twice, before and between rounds of mixing, so that no two of them use shifted copies of one
-    sequence. Indices are taken modulo 2^32.
+    On CPU an array's words are handed out by a branch that is always taken, which hides from the compiler that they
+    are constants. Then the loops over arrays of one shape are equal, and XLA compiles them once.
     """
+    with np.errstate(over="ignore"):
+        words = tuple(mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
+    hidden = jax.lax.platform_dependent(
+        count,
+        cpu=lambda count: jax.lax.cond(count < 0, lambda: words[::-1], lambda: words),
+        default=lambda count: words,
+    )
+    before = mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    between = mix(before)
+    return [Seed(before ^ x, between ^ y) for x, y in zip(hidden[::2], hidden[1::2], strict=True)]
+
+
+def element_index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index = index * np.uint32(size % 2**32) + place if axis else place
+    return index
+
+
+def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
+    """uint32 random bits for an array, a function of its seed, the stream's number and the element's index alone.
+
+    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
+    """
     with np.errstate(over="ignore"):
-        before, between = _mix(np.array([0, 1], np.uint32) + np.uint32((8 * leaf + 2 * stream + 0x85EBCA6B) % 2**32))
-    x = (index ^ before ^ seed[0]) * np.uint32(0x9E3779B1)
-    x = (x ^ (x >> 15) ^ between ^ seed[1]) * np.uint32(0x85EBCA77)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE3D)
+        before, between = mix(np.array([0, 1], np.uint32) + np.uint32(2 * stream))
+    return _hash(shape, seed.before ^ before, seed.between ^ between)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
+def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
+    """A hash of every element's place.
+
+    The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
+    The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
+    takes two products by constants, as the chi-square tests show.
+    """
+    x = (element_index(shape) ^ before) * np.uint32(0x9E3779B1)
+    x = x ^ (x >> 16) ^ between
+    x = x * (x + x + np.uint32(1))
     return x ^ (x >> 16)
 
 

@@ -37,15 +37,41 @@ def join(outer, inner, rows: list):
     return inner.unflatten(trees)
 
 
-def split(outer, inner, state) -> list:
-    """The inverse of `join`: one small tree per leaf of `outer`."""
-    columns = [outer.flatten_up_to(tree) for tree in inner.flatten_up_to(state)]
+def split(outer, inner, state, tree) -> list:
+    """The inverse of `join`: one small tree per leaf of `tree`, whose structure is `outer`."""
+    columns = [match(outer, part, tree, "moments") for part in inner.flatten_up_to(state)]
     return [inner.unflatten([column[i] for column in columns]) for i in range(outer.num_leaves)]
 
 
-def spread(prefix, outer, whole) -> list:
+def match(outer, other, tree, what: str) -> list:
+    """The parts of `other` at the leaves of `tree`, whose structure is `outer`; raises ValueError where they differ."""
+    try:
+        return outer.flatten_up_to(other)
+    except (ValueError, TypeError):
+        pass
+    here, there = ([path for path, _ in named_leaves(x)] for x in (tree, other))
+    missing, extra = ([path for path in x if path not in y] for x, y in ((there, set(here)), (here, set(there))))
+    found = [f"{word} {_some(paths)}" for word, paths in (("lack", missing), ("have besides", extra)) if paths]
+    kinds = f"are {jax.tree.structure(tree)} where the {what} are {jax.tree.structure(other)}"
+    raise ValueError(
+        f"gradients and {what} are different trees: the gradients {' and '.join(found) or kinds}. Pass the gradients "
+        "of the parameters that `init` was given, with the state it returned: update(grads, state, params)"
+    )
+
+
+def _some(paths: list) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def spread(prefix, outer, whole, what: str) -> list:
     """One value per leaf of `whole`, from a single value or from a tree that is a prefix of it."""
-    full = jax.tree.broadcast(prefix, whole, is_leaf=is_none)
+    try:
+        full = jax.tree.broadcast(prefix, whole, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(
+            f"the tree given as {what}, {jax.tree.structure(prefix)}, is no prefix of the parameters "
+            f"{jax.tree.structure(whole)}: give one value, or a tree whose branches are theirs"
+        ) from error
     return outer.flatten_up_to(full)
 
 
@@ -82,26 +108,52 @@ def init_like(init, p):
 def check_floating(what: str, tree, leaves) -> None:
     """Raises TypeError, naming the leaf, unless all leaves are floating or complex numbers."""
     for i, x in enumerate(leaves):
-        if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        if x is not None and not jnp.issubdtype(_kind(x), jnp.inexact):
             raise TypeError(
-                f"{what} {named_leaves(tree)[i][0]} has dtype {jnp.result_type(x)}, which has no moments: "
-                "leave it out of the trained parameters, for instance with optax.masked or by making it None"
+                f"{what} {named_leaves(tree)[i][0]} has {_described(x)}, which has no moments: leave it out of the "
+                "trained parameters, for instance with optax.masked, eqx.filter or by making it None"
             )
 
 
-def check_shapes(updates, leaves, rows, params, shared: bool) -> None:
-    """Raises ValueError, naming the leaf, where gradient, moments and parameter differ in shape."""
+def _kind(x):
+    """The dtype of a leaf, or `object` for what is no array."""
+    try:
+        return jnp.result_type(x)
+    except (TypeError, ValueError):
+        return jnp.dtype(object)
+
+
+def _described(x) -> str:
+    return f"dtype {x.dtype}" if hasattr(x, "dtype") else f"type {type(x).__name__} ({repr(x)[:40]})"
+
+
+def check_leaves(updates, leaves, rows, params, kept, shared: bool) -> None:
+    """Raises ValueError, naming the leaf, where gradient, moments and parameter do not belong together.
+
+    kept(dtype) names the dtypes of the moments of a parameter of that dtype. 32 and 64 bits are not told apart.
+    """
     for i, (g, row, p) in enumerate(zip(leaves, rows, params, strict=True)):
         if g is None:
             continue
-        moments = jax.tree.leaves(row, is_leaf=is_none)
-        for what, others in (("moments", moments), ("parameter", [] if p is None else [p])):
-            if not all(_fits(x, jnp.shape(g), shared and what == "moments") for x in others):
-                got = [None if x is None else jnp.shape(x) for x in others]
-                raise ValueError(
-                    f"gradient {named_leaves(updates)[i][0]} has shape {jnp.shape(g)} but its {what} have {got}: "
-                    "pass the gradients of the parameters that `init` was given, with the state it returned"
-                )
+        shape, dtype = jnp.shape(g), jnp.result_type(g)
+        moments, wanted = jax.tree.leaves(row, is_leaf=is_none), [_single(x) for x in kept(dtype)]
+        fit = all(_fits(x, shape, shared) for x in moments) and [_single(_kind(x)) for x in moments] == wanted
+        both = p is None or (_fits(p, shape, False) and jnp.iscomplexobj(p) == jnp.iscomplexobj(g))
+        if not (fit and both):
+            what, others, instead = ("parameter has", [p], "") if fit else ("moments have", moments, f", not {wanted}")
+            raise ValueError(
+                f"gradient {named_leaves(updates)[i][0]} has shape {shape} and dtype {dtype} but its {what} "
+                f"{' and '.join(map(_type, others)) or 'nothing'}{instead}: pass the gradients of the parameters that "
+                "`init` was given, with the state it returned, to an optimizer with the same options"
+            )
+
+
+def _single(dtype) -> str:
+    return {"float64": "float32", "complex128": "complex64"}.get(str(dtype), str(dtype))
+
+
+def _type(x) -> str:
+    return "None" if x is None else f"shape {jnp.shape(x)} and dtype {_kind(x)}"
 
 
 def _fits(x, shape, shared: bool) -> bool:
@@ -110,7 +162,12 @@ def _fits(x, shape, shared: bool) -> bool:
     return all(a == b or (shared and a == 1) for a, b in zip(jnp.shape(x), shape, strict=True))
 
 
+def new_scalar(leaves, value):
+    """A scalar array of a state, abstract if the parameters are."""
+    scalar = jnp.asarray(value)
+    return jax.ShapeDtypeStruct(scalar.shape, scalar.dtype) if any(map(is_abstract, leaves)) else scalar
+
+
 def new_count(leaves):
-    """A step counter at 0: int32, abstract if the parameters are."""
-    count = jnp.zeros((), jnp.int32)
-    return jax.ShapeDtypeStruct(count.shape, count.dtype) if any(map(is_abstract, leaves)) else count
+    """A step counter at 0, int32."""
+    return new_scalar(leaves, jnp.zeros((), jnp.int32))

@@ -42,11 +42,13 @@ from snr_adam._numerics import (
     decay_at,
     lerp,
     moment_like,
+    root,
     square_like,
     square_onto,
     value_at,
 )
 from snr_adam._tree import exportable
+from snr_adam.checks import check_fields
 
 
 class _Numbers(NamedTuple):
@@ -64,8 +66,7 @@ def _numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
 def _root(v, k: _Numbers, debias: bool = True):
     """sqrt(v / (1 - b2^t) + eps_root) + eps."""
     v = v * k.v.debias if debias else v
-    root = v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root
-    return jnp.sqrt(root) + k.eps
+    return root(v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root) + k.eps
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RMS:
     debias: bool = True
     initial: Scalar = 0.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p, self.initial)
@@ -109,6 +111,7 @@ class Maximum:
     eps_root: Hyper = 0.0
     debias: bool = True
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return AverageAndMaximum(square_like(p), square_like(p))
@@ -132,6 +135,7 @@ class Infinity:
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -159,6 +163,7 @@ class Belief:
     eps: Hyper = 1e-16
     eps_root: Hyper = 1e-16
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -170,7 +175,7 @@ class Belief:
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
 
     def estimate(self, v, g, k, center):
-        return jnp.sqrt(v * k.v.debias) + k.eps
+        return root(v * k.v.debias) + k.eps
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class Yogi:
     eps_root: Hyper = 0.0
     initial: Scalar = 1e-6
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p, self.initial)
@@ -230,6 +236,7 @@ class Rectified:
     eps_root: Hyper = 0.0
     threshold: Hyper = 5.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -269,6 +276,7 @@ class Previous:
     eps: Hyper = 1e-6
     clip: Hyper | None = None
     divides_first: ClassVar[bool] = True
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -286,7 +294,7 @@ class Previous:
         return lerp(v, square_onto(v, g), k.gain)
 
     def estimate(self, v, g, k: _Before, center):
-        noise = jnp.maximum(jnp.sqrt(v), k.eps)
+        noise = jnp.maximum(root(v), k.eps)
         if k.inverse_clip is not None:
             noise = jnp.maximum(noise, abs(g) * k.inverse_clip)
         return jnp.where(k.first, jnp.inf, noise)
@@ -313,6 +321,7 @@ class Deviation:
     debias: bool = False
     initial: Scalar = 0.0
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
@@ -329,7 +338,7 @@ class Deviation:
         (m, s), (k, eps) = state, k
         # bias-corrected, v - m^2 is k (s + m^2) - k^2 m^2
         variance = jnp.maximum(k.debias * (s - (k.debias - 1.0) * abs_sq(m)), 0.0) if self.debias else s
-        return jnp.sqrt(variance + eps) if self.eps_in_sqrt else jnp.sqrt(variance) + eps
+        return root(variance + eps) if self.eps_in_sqrt else root(variance) + eps
 
 
 @dataclass(frozen=True)
@@ -343,6 +352,7 @@ class Spread:
     b2: Hyper = 0.95
     eps: Hyper = 1e-8
     divides_first: ClassVar[bool] = False
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -358,7 +368,7 @@ class Spread:
         return keep * s + weight * abs_sq(g - center)
 
     def estimate(self, s, g, k, center):
-        return jnp.sqrt(s + abs_sq(center)) + k[2]
+        return root(s + abs_sq(center)) + k[2]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ import optax
 from snr_adam import noise as n
 from snr_adam import signal as s
 from snr_adam._numerics import Hyper
+from snr_adam.checks import check_arguments
+from snr_adam.gate import Gated
 from snr_adam.storage import Cast, Storage
-from snr_adam.transform import descend
+from snr_adam.transform import descend, wrong_state
 
 Mask = Any
 Tx = optax.GradientTransformationExtraArgs
@@ -38,11 +40,26 @@ class _Signature(inspect.Signature):
     such arrays.
     """
 
-    __slots__ = ()
+    __slots__ = ("owner",)
+    owner: str
+
+    def checked(self, args, kwargs):
+        """The arguments, bound to their names and in their ranges."""
+        unknown = sorted(set(kwargs) - set(self.parameters))
+        if unknown:
+            near = {"lr": "learning_rate", "betas": "b1 and b2", "beta1": "b1", "beta2": "b2"}.get(unknown[0])
+            meant = f" (did you mean {near}?)" if near else ""
+            raise TypeError(f"{self.owner} has no argument {unknown[0]!r}{meant}: use {', '.join(self.parameters)}")
+        try:
+            bound = super().bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.owner}: {error}: use {', '.join(self.parameters)}") from None
+        bound.apply_defaults()
+        check_arguments(self.owner, bound.arguments)
+        return bound
 
     def bind(self, /, *args, **kwargs):
-        bound = super().bind(*args, **kwargs)
-        bound.apply_defaults()
+        bound = self.checked(args, kwargs)
         bound.arguments.update({name: _strong(name, x) for name, x in bound.arguments.items()})
         return bound
 
@@ -69,15 +86,17 @@ class _Held:
 def _preset(make):
     """Gives an optimizer its signature for `inject_hyperparams`."""
     signature = inspect.signature(make)
+    held = _Signature(list(signature.parameters.values()), return_annotation=signature.return_annotation)
+    held.owner = make.__name__
 
     @functools.wraps(make)
     def preset(*args, **kwargs):
         if isinstance(kwargs.get("mask"), _Held):
             kwargs["mask"] = kwargs["mask"].mask
+        held.checked(args, kwargs)
         return make(*args, **kwargs)
 
-    parameters = list(signature.parameters.values())
-    vars(preset)["__signature__"] = _Signature(parameters, return_annotation=signature.return_annotation)
+    vars(preset)["__signature__"] = held
     return preset
 
 
@@ -98,7 +117,14 @@ def _average(b1: Hyper, nesterov: bool, debias: bool = True) -> s.Signal:
 
 def _with_parts(tx: Tx, empty: int) -> Tx:
     """`tx` with as many empty states behind it as Optax's chain has parts there: states and checkpoints line up."""
-    return optax.chain(tx, *(optax.identity() for _ in range(empty)))
+    chain = optax.chain(tx, *(optax.identity() for _ in range(empty)))
+
+    def update(updates, state, params=None, **extra_args):
+        if not (isinstance(state, tuple) and len(state) == 1 + empty):
+            raise wrong_state(state)
+        return chain.update(updates, state, params, **extra_args)
+
+    return Gated(chain.init, update)
 
 
 @_preset

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import float_of, random_bits, round_to, step_seed, word_of
+from snr_adam._numerics import float_of, random_bits, round_to, seeds_at, word_of
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
 _CODE = {"16": jnp.int16, "8": jnp.int8}
@@ -123,14 +123,17 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
             raise ValueError("carry_remainder moves the parameters: call update(grads, state, params), got params=None")
         count = optax.safe_increment(state.count)
         gs, outer = _tree.flatten(updates)
-        ps, rest = outer.flatten_up_to(params), outer.flatten_up_to(state.remainder)
+        ps, rest = (
+            _tree.match(outer, x, updates, what)
+            for x, what in ((params, "parameters"), (state.remainder, "remainders"))
+        )
         olds = [_whole(p, r) for p, r in zip(ps, rest, strict=True)]
         gs = [_widen(g) if g is not None and _is_narrow(p) else g for g, p in zip(gs, ps, strict=True)]
         us, inner = tx.update(outer.unflatten(gs), state.inner, outer.unflatten(olds), **extra_args)
-        us, seed = outer.flatten_up_to(us), step_seed(count)
+        us, seeds = outer.flatten_up_to(us), seeds_at(count, len(ps))
         for i, (p, u, old) in enumerate(zip(ps, us, olds, strict=True)):
             if u is not None and _is_narrow(p):
-                dither = functools.partial(random_bits, p.shape, _STREAM, seed, i)
+                dither = functools.partial(random_bits, p.shape, _STREAM, seeds[i])
                 us[i], rest[i] = _split(old + u, old, p, rest[i].dtype, dither)
         return outer.unflatten(us), CarryRemainderState(count, inner, outer.unflatten(rest))
 
@@ -173,11 +176,11 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
             raise ValueError("round_stochastically needs the parameters: call update(grads, state, params)")
         count = optax.safe_increment(state.count)
         us, outer = _tree.flatten(updates)
-        ps, seed = outer.flatten_up_to(params), step_seed(count)
+        ps, seeds = _tree.match(outer, params, updates, "parameters"), seeds_at(count, len(us))
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)
-                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, seed, i))
+                target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, seeds[i]))
                 us[i] = _widen(target) - old
         return outer.unflatten(us), RoundStochasticallyState(count)
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
 from snr_adam._tree import exportable
+from snr_adam.checks import check_fields
 
 
 def _ema_floor(b, t):
@@ -63,6 +64,7 @@ class EMA:
     b1: Hyper = 0.9
     debias: bool = True
     initial: Scalar = 0.0
+    __post_init__ = check_fields
 
     def init(self, p):
         return moment_like(p, self.initial)
@@ -89,6 +91,7 @@ class Mean:
     """
 
     b1: Hyper = 0.95
+    __post_init__ = check_fields
 
     def init(self, p):
         return moment_like(p)
@@ -119,6 +122,7 @@ class Nesterov:
 
     b1: Hyper = 0.9
     debias: bool = True
+    __post_init__ = check_fields
 
     def init(self, p):
         return moment_like(p)
@@ -164,6 +168,7 @@ class Mixture:
     b1: Hyper = 0.9
     b3: Hyper = 0.9999
     alpha: Hyper = 5.0
+    __post_init__ = check_fields
 
     def init(self, p):
         return FastAndSlow(moment_like(p), moment_like(p))
@@ -203,6 +208,7 @@ class Sign:
 
     b1: Hyper = 0.9
     b2: Hyper = 0.99
+    __post_init__ = check_fields
 
     def init(self, p):
         return moment_like(p)

@@ -7,6 +7,8 @@ size of a shard:
     encode(mu, nu, dither) -> (mu, nu)      the form at rest; dither(shape, stream) gives random uint32 words
     decode(mu, nu, dtype) -> (mu, nu)       back to `dtype`: float32, or float64 for float64 parameters
 
+What was decoded encodes to the bits it came from, whatever the dither: so a step that is not taken changes nothing.
+
     Full      as they are computed: the state of `optax.adam`                8 bytes per parameter
     Cast      either moment in another dtype, "bfloat16" for both            4
     Packed    both in one 32-bit word                                        4, and one array to read and write
@@ -55,9 +57,14 @@ class Cast:
         for name in ("mu", "nu"):
             dtype = getattr(self, name)
             if dtype is not None:
-                if not jnp.issubdtype(dtype, jnp.floating):
+                if not _is_floating(dtype):
                     raise ValueError(
                         f"Cast({name}={dtype!r}): a moment needs a floating dtype, such as 'bfloat16' or 'float32'"
+                    )
+                if name == "nu" and jnp.finfo(dtype).maxexp < 128:
+                    raise ValueError(
+                        f"Cast(nu={dtype!r}): squares of gradients over {float(jnp.finfo(dtype).max) ** 0.5:.0f} do "
+                        "not fit: use 'bfloat16', which has float32's range"
                     )
                 object.__setattr__(self, name, jnp.dtype(dtype).name)  # a name: comparable, hashable, and not callable
 
@@ -68,15 +75,27 @@ class Cast:
         return _cast(mu, self.mu and dtype), _cast(nu, self.nu and dtype)
 
 
+def _is_floating(dtype) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
 def _cast(tree, dtype, dither=None):
     """Each real array of `tree` in `dtype` (None: as it is); the i-th rounded with the low 16 bits of `dither(shape,
     i)`."""
     leaves, structure = jax.tree.flatten(tree)
     if dtype is None:
         return tree
-    return structure.unflatten(
-        [x if jnp.iscomplexobj(x) else round_to(dtype, x, dither and dither(x.shape, i)) for i, x in enumerate(leaves)]
-    )
+    return structure.unflatten([_round(dtype, x, dither and dither(x.shape, i)) for i, x in enumerate(leaves)])
+
+
+def _round(dtype, x, bits):
+    if jnp.iscomplexobj(x):
+        return x
+    limit = float(jnp.finfo(dtype).max)  # an infinite moment, as float16 makes of 1e5, never comes back
+    return round_to(dtype, jnp.clip(x, -limit, limit) if limit < float(jnp.finfo(x.dtype).max) else x, bits)
 
 
 _HIGH = np.uint32(0xFFFF0000)

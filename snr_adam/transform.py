@@ -19,23 +19,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._numerics import (
     Hyper,
-    abs_sq,
     complex_like,
     compute_dtype,
     divide,
     random_bits,
-    step_seed,
-    times,
+    seeds_at,
     unseen_zero,
-    value_at,
 )
+from snr_adam.checks import check_arguments
+from snr_adam.descent import Descent
+from snr_adam.gate import OPEN, Gate, Gated
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
 from snr_adam.storage import Storage
@@ -89,6 +88,7 @@ class _Rule:
         self.noise: Any = noise.noise if isinstance(noise, Shared) else noise
         self.signal, self.storage = signal, storages.resolve(storage)
         self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
+        self.kept = functools.cache(self._kept)
         if self.axes_of and not self._can_share():
             raise ValueError(
                 f"Shared({self.noise!r}) with storage={storage!r}: sharing needs a noise that keeps one array per "
@@ -114,10 +114,25 @@ class _Rule:
             nu = jnp.mean(nu, shared, keepdims=True)
         return _Stored(*self.storage.encode(self.signal.init(p), nu, dither))
 
+    def _kept(self, dtype) -> list[str]:
+        """The dtypes at rest of the moments of a parameter of `dtype`."""
+        return [str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: self.init(jnp.zeros((), dtype))))]
+
+    def rows(self, outer, updates, state: ScaleBySnrState, shared: bool) -> list[_Stored]:
+        """The moments of every leaf."""
+        stored = _Stored(state.mu, outer.unflatten(state.nu.v) if shared else state.nu)
+        try:
+            return _tree.split(outer, self.memory, stored, updates)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (This optimizer keeps {self.signal}, {self.noise} in {self.storage}; the state's mu is "
+                f"{type(state.mu).__name__}, its nu {type(state.nu).__name__}: of another optimizer or storage?)"
+            ) from None
+
     def at(self, t, dtype) -> _Step:
         return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
 
-    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither):
+    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither, gate: Gate | None):
         """The signal as (array, scalar) and the noise of one array, and its memory at rest."""
         old = _Stored(*self.storage.decode(*stored, dtype))
         x, noise = g, None
@@ -125,6 +140,8 @@ class _Rule:
             x, noise = divide(g, self.noise.estimate(old.nu, g, step.noise, None)), 1.0
         mu = self.signal.update(old.mu, x, step.signal)
         nu = self.noise.update(old.nu, g, step.noise, _center(mu))
+        if gate:  # encoding what was decoded gives the bits that were there, see storage.py
+            mu, nu = gate.held((mu, nu), tuple(old))
         stored = _Stored(*self.storage.encode(mu, nu, dither))
         mu, nu = self.storage.decode(*stored, dtype)  # from here on what is stored, and the step reads nothing twice
         if noise is None:
@@ -137,69 +154,25 @@ def _center(mu):
     return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
-def _trust_ratio(p, u):
-    """|p| / |u|, and 1 where either is 0 (LAMB, You et al. 2020, with phi the identity)."""
-    p_norm, u_norm = jnp.sqrt(jnp.sum(abs_sq(p))), jnp.sqrt(jnp.sum(abs_sq(u)))
-    return jnp.where((p_norm > 0) & (u_norm > 0), p_norm / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
-
-
-def _resolve(hyper, t):
-    """A hyper-parameter, or a tree of them, with every schedule replaced by its value at step t."""
-    return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
-
-
-class _Descent(NamedTuple):
-    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, their ratio."""
-
-    alpha: Any = None
-    weight_decay: Any = 0.0
-    mask: Any = None
-    trust_ratio: bool = False
-
-    @property
-    def needs_params(self) -> bool:
-        return self.trust_ratio or not (isinstance(self.weight_decay, (int, float)) and self.weight_decay == 0)
-
-    def per_leaf(self, t, outer, updates, params) -> tuple[list, list]:
-        """alpha and lambda of every leaf."""
-        if self.alpha is None:
-            return [None] * outer.num_leaves, [0.0] * outer.num_leaves
-        alphas = _tree.spread(_resolve(self.alpha, t), outer, updates)
-        decay = _resolve(self.weight_decay, t)
-        if self.mask is None:
-            return alphas, [decay] * outer.num_leaves
-        mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
-        masks = _tree.spread(mask, outer, updates)
-        return alphas, [_select(on, decay) for on in masks]
-
-    def step(self, signal, noise, p, alpha, decay, zero):
-        x, k = signal
-        if alpha is None:
-            return divide(times(x, k), noise)
-        decays = not (isinstance(decay, float) and decay == 0)
-        if self.trust_ratio:
-            u = divide(times(x, k), noise)
-            u = u + times(p, decay) if decays else u
-            return times(u, -alpha * _trust_ratio(p, u)) + zero
-        u = divide(times(x, -alpha * k), noise) + zero
-        return u - times(p, alpha * decay) if decays else u
-
-
-def _select(on, decay):
-    """decay where the mask is on, else 0; decided now if the mask is known now."""
-    return (decay if on else 0.0) if isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
-
-
 def _in(dtype, x):
     """A scalar in `dtype`; Python floats take the dtype of what they meet."""
     return x.astype(dtype) if isinstance(x, jax.Array) else x
+
+
+def wrong_state(state) -> TypeError:
+    """What to say of a state that `init` has not returned."""
+    return TypeError(
+        f"the state is of type {type(state).__name__}, which is not what this optimizer's init returned. The order is "
+        "update(grads, state, params). A state of optax.adam is taken over by `from_optax`; a checkpoint that comes "
+        "back as dicts or lists is restored again with init(params) as its target"
+    )
 
 
 def _flat(outer, nu) -> SharedNoise:
     return SharedNoise(tuple(outer.flatten_up_to(nu)))
 
 
-def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraArgs:
+def _lift(rule: _Rule, descent: Descent) -> Gated:
     """The step of one array as a pure (init, update) pair over trees."""
 
     def init(params):
@@ -215,22 +188,23 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
         mu, nu = _tree.join(outer, rule.memory, rows)
         return ScaleBySnrState(_tree.new_count(leaves), mu, _flat(outer, nu) if rule.axes_of else nu)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, gate: Gate | None = None, **extra_args):
         del extra_args
+        if not isinstance(state, ScaleBySnrState):
+            raise wrong_state(state)
         t = optax.safe_increment(state.count)
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)
-        nu = outer.unflatten(state.nu.v) if shared else state.nu
-        rows = _tree.split(outer, rule.memory, _Stored(state.mu, nu))
-        ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
-        _tree.check_shapes(updates, leaves, rows, ps, shared)
+        rows = rule.rows(outer, updates, state, shared)
+        ps = [None] * len(leaves) if params is None else _tree.match(outer, params, updates, "parameters")
+        _tree.check_leaves(updates, leaves, rows, ps, rule.kept, shared)
         if params is None and descent.needs_params:
             raise ValueError(
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
             )
         alphas, decays = descent.per_leaf(t, outer, updates, params)
-        seed = step_seed(t)
+        seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
         numbers = functools.cache(lambda dtype: rule.at(t, dtype))
 
         def leaf(number, g, stored, p, alpha, decay):
@@ -239,8 +213,9 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
             g = _tree.as_array(g)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
-            dither = functools.partial(random_bits, seed=seed, leaf=number)
-            signal, noise, stored = rule.estimate(g.astype(wide), stored, numbers(dtype), dtype, dither)
+            dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
+            x = (gate or OPEN).scaled(g.astype(wide))
+            signal, noise, stored = rule.estimate(x, stored, numbers(dtype), dtype, dither, gate)
             p = None if p is None else _tree.as_array(p).astype(wide)
             zero = numbers(dtype).zero.astype(wide)
             u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay), zero)
@@ -249,9 +224,10 @@ def _lift(rule: _Rule, descent: _Descent) -> optax.GradientTransformationExtraAr
         new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]
         out = outer.unflatten([u for u, _ in new])
         mu, nu = _tree.join(outer, rule.memory, [stored for _, stored in new])
-        return out, ScaleBySnrState(t, mu, _flat(outer, nu) if shared else nu)
+        count = gate.held(t, state.count) if gate else t
+        return out, ScaleBySnrState(count, mu, _flat(outer, nu) if shared else nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Gated(init, update)
 
 
 def scale_by_snr(
@@ -283,7 +259,7 @@ def scale_by_snr(
 
     Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
     """
-    return _lift(_Rule(signal, noise, storage), _Descent())
+    return _lift(_Rule(signal, noise, storage), Descent())
 
 
 def descend(
@@ -315,4 +291,5 @@ def descend(
     Raises:
       ValueError: as `scale_by_snr`, and if `params` is needed and missing.
     """
-    return _lift(_Rule(signal, noise, storage), _Descent(learning_rate, weight_decay, mask, trust_ratio))
+    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
+    return _lift(_Rule(signal, noise, storage), Descent(learning_rate, weight_decay, mask, trust_ratio))

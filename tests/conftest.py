@@ -7,6 +7,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 
 
+def pytest_addoption(parser):
+    """`--fuzz N`: how many random examples to draw, for `test_fuzz.py`."""
+    parser.addoption("--fuzz", type=int, default=0, help="draw this many new examples instead of a few fixed ones")
+
+
 @pytest.fixture
 def x64():
     """Runs the test with 64-bit types enabled."""

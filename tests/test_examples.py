@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import snr_adam
+from snr_adam import telemetry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EPOCHS = 48
@@ -30,7 +33,7 @@ def load(name: str):
         sys.path.remove(str(EXAMPLES))
 
 
-digits, hundred_thousand = load("digits"), load("hundred_thousand")
+digits, hundred_thousand, noise_scale = load("digits"), load("hundred_thousand"), load("noise_scale")
 trackers, see_the_signal = load("trackers"), load("see_the_signal")
 
 
@@ -159,6 +162,73 @@ def test_hundred_thousand_in_short(capsys):
     assert result.accuracy > 0.85  # by chance: 0.1
     assert "200 Adam updates in" in said
     assert f"Held-out digits read: {result.accuracy:.1%}" in said
+
+
+@pytest.fixture(scope="module")
+def scales():
+    """Three runs of the noise-scale example, from different starts and on different batches: its looks by step."""
+    runs = [noise_scale.train(wrong=0.0, steps=400, seed=seed) for seed in range(3)]
+    return {looks[0].step: looks for looks in zip(*runs, strict=True)}
+
+
+late = pytest.mark.xfail(telemetry.WINDOW < 80, reason="averages over 50 steps tell of less than persists")
+
+
+@pytest.mark.parametrize("step", [50, 100, 200, 300, pytest.param(400, marks=late)])
+def test_two_scalars_tell_the_noise_scale_of_a_real_run(scales, step):
+    """Mean over 3 seeds, within 25 % of that of the exact noise scale."""
+    found, exact = (np.mean(x) for x in zip(*((look.scalars.value, look.exact) for look in scales[step]), strict=True))
+    assert found == pytest.approx(exact, rel=0.25)
+
+
+@pytest.mark.parametrize("step", [50, 100, 150, 200])
+def test_l1_tells_the_noise_scale_in_adams_geometry(scales, step):
+    found, exact = (np.mean(x) for x in zip(*((look.l1.value, look.l1_exact) for look in scales[step]), strict=True))
+    assert found == pytest.approx(exact, rel=0.25)
+
+
+def test_noise_scales_are_never_negative(scales):
+    looks = [look for step in scales for look in scales[step]]
+    assert min(min(look.scalars.value, look.l1.value, look.exact, look.l1_exact) for look in looks) >= 0
+
+
+def test_noise_lies_in_few_directions():
+    """What `noise_scale.D_EFF` stands for: in the example's network about 13, whatever the diagonal of Sigma says."""
+    x, y = noise_scale.load(0.0)
+    graph, params = nnx.split(noise_scale.MLP(nnx.Rngs(0)))
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y)
+
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, x, y)
+    each = np.concatenate([np.asarray(g, float).reshape(len(x), -1) for g in jax.tree.leaves(each)], axis=1)
+    each -= each.mean(0)
+    of_trace = (each**2).mean(0).sum() ** 2
+    assert of_trace / ((each @ each.T / len(x)) ** 2).sum() == pytest.approx(13, abs=2)
+    assert of_trace / ((each**2).mean(0) ** 2).sum() == pytest.approx(155, rel=0.2)
+    assert snr_adam.noise_scale.D_EFF == 10
+
+
+def test_noise_scale_says_what_it_measured(tmp_path, capsys):
+    """With wrong labels the signal is lost in the end; the reader is told so, and what to do."""
+    picture = tmp_path / "new" / "picture.png"
+    looks = noise_scale.main(["--wrong", "0.2", "--steps", "800", "--out", str(picture)])
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines()[2:] if line[:6].strip().isdigit()]
+    assert [int(row[0]) for row in rows] == [50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800]
+    assert np.isinf(looks[-1].scalars.value)
+    assert f"The noise scale is {looks[-1].scalars}" in said
+    assert ">= " in said
+    assert "inf" not in said
+    assert "nan" not in said
+    assert struct.unpack(">I", picture.read_bytes()[16:20])[0] >= 1000  # pixels wide
+    assert str(picture) in said
+
+
+def test_no_steps_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        noise_scale.main(["--steps", "10"])
+    assert "at least 25 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("example", [digits, hundred_thousand], ids=["digits", "hundred_thousand"])

@@ -10,18 +10,30 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
+    {"checks"},
     {"_numerics", "_tree"},
-    {"signal", "noise", "storage"},
+    {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
-    {"moments", "noise_scale"},
-    {"precision", "telemetry", "guard", "sharing", "sharding", "checkpoint", "history"},
+    {"noise_scale", "moments"},
+    {
+        "precision",
+        "telemetry",
+        "guard",
+        "sharing",
+        "sharding",
+        "accumulation",
+        "memory",
+        "checkpoint",
+        "migration",
+        "history",
+    },
     {"reports"},
     {"control", "advice", "optimizers"},
-    {"plots", "__init__"},
+    {"plots", "plan", "files", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
-RIM = {"plots": {"matplotlib"}}
+RIM = {"plots": {"matplotlib"}, "files": {"orbax"}}
 
 
 def imported(node) -> list[str]:
@@ -83,6 +95,7 @@ def test_imports_run_one_way():
         ("optimizers", "import importlib"),
         ("optimizers", "__import__('flax')"),
         ("__init__", "from snr_adam.plots import plot"),
+        ("__init__", "from snr_adam.files import save_state"),
         ("__init__", "import matplotlib"),
         ("attic", "import jax"),
     ],

@@ -196,6 +196,15 @@ def test_a_gradient_whose_parameter_was_none_is_refused_by_name():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "lamb"])
+def test_a_mask_may_be_made_of_frozen_parameters(name):
+    """`jax.tree.map` over the parameters leaves None where they have None."""
+    params = {"w": jnp.ones(2), "frozen": None}
+    tx = MADE[name](0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 0, params))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["frozen"] is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb"])
 def test_missing_parameters_are_asked_for(name):
     tx = MADE[name](0.1)
     with pytest.raises(ValueError, match="need the parameters"):

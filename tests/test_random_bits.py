@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import chi2
 
 import snr_adam
-from snr_adam._numerics import random_bits, round_to, step_seed, word_of
+from snr_adam._numerics import random_bits, round_to, seeds_at, word_of
 
 DRAWS = 1 << 22
 LEAST = 1e-5  # p-values; some 300 are looked at
@@ -23,7 +23,7 @@ STORAGES = ("packed", "bfloat16")
 
 @functools.partial(jax.jit, static_argnames=("shape", "leaf", "stream"))
 def _draw(count, shape, leaf=0, stream=0):
-    return random_bits(shape, stream, step_seed(count), leaf)
+    return random_bits(shape, stream, seeds_at(count, leaf + 1)[leaf])
 
 
 def _bits(count=1, leaf=0, stream=0):
@@ -98,7 +98,9 @@ def test_pairs_are_independent(pair):
 def test_bits_differ_between_steps_and_leaves():
     """No (step, leaf, stream) of a small run repeats another's sequence, shifted or not."""
     streams = [(stream, leaf) for stream in range(4) for leaf in range(20)]
-    one = jax.vmap(lambda t: jnp.stack([random_bits((), stream, step_seed(t), leaf) for stream, leaf in streams]))
+    one = jax.vmap(
+        lambda t: jnp.stack([random_bits((), stream, seeds_at(t, leaf + 1)[leaf]) for stream, leaf in streams])
+    )
     seen = jax.jit(one)(jnp.arange(100))
     assert len(np.unique(seen)) > seen.size - 5  # 8,000 words of 2^32: 0.007 collisions expected
     steps = np.stack([_draw(jnp.int32(t), (4096,)) for t in range(1, 9)])

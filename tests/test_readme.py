@@ -12,7 +12,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [code for code in CODE if "  # " in code])
+def test_the_code_prints_what_it_says(code, capsys):
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
+
+
+@pytest.mark.parametrize("code", [code for code in CODE if "def step(" in code])
 def test_the_code_trains(code):
     names: dict = {}
     exec(code, names)

@@ -1,0 +1,237 @@
+"""Steps that must not be taken: gradients that are not finite, and gradients that are too long.
+
+One NaN among the gradients makes the moments NaN and the run useless. `guard` looks at all gradients first, once, and
+its verdict enters the step as two scalars: whether to take it, and what to multiply the gradients with.
+
+    S = sum of |g|^2 over all leaves                   one read of the gradients
+    taken = no g is NaN or infinite                    a bad step changes nothing but the guard's own counters
+    g := g min(1, clip_norm / sqrt(S))                 clipping by the global norm (Pascanu et al. 2013)
+
+S is the sum for gradients cut off at +-2^48 = 2.8e14 (`_numerics.saturate`), as the step will see them. So it cannot
+overflow and erase a step, and is NaN only where a gradient is not finite: one sum serves for both.
+
+For an optimizer of this package the verdict is carried into the step: it keeps its old moments, computes the update
+from what it kept, and reads nothing twice. Any other optimizer takes its step, and the guard puts the old state back.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from snr_adam import _tree
+from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest
+from snr_adam.checks import check_hyperparams
+from snr_adam.gate import Gate, Gated
+
+
+@_tree.exportable
+class GuardState(NamedTuple):
+    """inner: the state of the guarded optimizer, and scalars about the steps so far.
+
+    skipped: int32, steps not taken; consecutive: int32, those since the last one that was; holding: bool, whether
+    `max_consecutive` was reached; last_bad: int32, number of the first leaf that was not finite in the last bad step,
+    -1 before; norm: global norm of the last finite gradients, before clipping.
+    """
+
+    inner: Any
+    skipped: Any
+    consecutive: Any
+    holding: Any
+    last_bad: Any
+    norm: Any
+
+
+class _Look(NamedTuple):
+    """What one look at all gradients tells: the number of the first bad leaf, -1 if there is none, and their norm."""
+
+    bad: Any
+    norm: Any
+
+
+def _look(leaves: list) -> _Look:
+    gs = [_tree.as_array(g) if _is_real(g) else None for g in leaves]
+    dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
+    squares = [jnp.zeros((), dtype)]
+    for g in gs:
+        # else leaves of one shape would share their broadcast limit, and look and step the widened gradient: as arrays
+        g, one = jax.lax.optimization_barrier((g, one))
+        squares.append(jnp.zeros((), dtype) if g is None else _square(g, one).astype(dtype))
+    squares = jnp.stack(squares)
+    bad = jnp.isnan(squares)
+    first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
+    return _Look(first, jnp.sqrt(jnp.sum(squares)))
+
+
+def _is_real(g) -> bool:
+    """Whether there is anything to look at: integers and the float0 beside them are finite."""
+    return jnp.issubdtype(jnp.result_type(g), jnp.inexact)
+
+
+def _square(g, one):
+    """|g|^2 of a whole leaf, cut off: finite if all of g is, else NaN.
+
+    g - g is 0, or NaN where g is not finite. XLA's reductions on a CPU take in arithmetic and min, but no select and no
+    clamp: those would first write an array as large as the leaf.
+    """
+    if jnp.iscomplexobj(g):
+        return _square(g.real, one) + _square(g.imag, one)
+    g = _widen(g)
+    x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one.astype(g.dtype)) + (g - g)
+    return jnp.sum(x * x)
+
+
+def _widen(g):
+    dtype = compute_dtype(g)
+    return g.astype(complex_like(dtype) if jnp.iscomplexobj(g) else dtype)
+
+
+def _scale(norm, clip_norm: Scalar | None):
+    """min(1, clip_norm / norm), exactly 1 for gradients that are short enough; None without clipping."""
+    if clip_norm is None:
+        return None
+    clip = jnp.asarray(clip_norm, norm.dtype)
+    return jnp.where(norm > clip, clip / norm, 1.0)
+
+
+def _scaled(g, scale):
+    if g is None or scale is None or not _is_real(g):
+        return g
+    g = _tree.as_array(g)
+    return Gate(True, scale).scaled(_widen(g)).astype(g.dtype)
+
+
+def guard(
+    tx: optax.GradientTransformation, clip_norm: Scalar | None = None, max_consecutive: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Skips steps whose gradients are not finite, and clips the others by their global norm.
+
+    At a step with a NaN or an infinity anywhere in the gradients, parameters and the optimizer's whole state, counts of
+    schedules included, keep their bits: the update is -0, the one number that changes nothing when it is added.
+
+    Args:
+      tx: any optimizer. One of this package costs one more read of the gradients and no memory; for any other, also one
+        whose parts are chained with foreign ones, the old state is kept beside the new one for a moment.
+      clip_norm: largest global norm of the gradients; longer ones are scaled to it. A float or a scalar array; None
+        for no clipping.
+      max_consecutive: after so many skipped steps in a row something is broken for good, and the guard holds: it skips
+        every step, finite ones too, until its state's `holding` is set to False. None never gives up.
+
+    Returns:
+      A transformation with state `GuardState`. `health(state, params)` puts it into words.
+
+    Raises:
+      TypeError: if `tx` is no optimizer.
+      ValueError: if `clip_norm` is not positive or `max_consecutive` is under 1.
+
+    >>> tx = guard(optax.sgd(1.0), clip_norm=1.0)
+    >>> w = jnp.array([1.0, 2.0])
+    >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0]), tx.init(w), w)
+    >>> print(optax.apply_updates(w, updates))
+    [1. 2.]
+    >>> updates, state = tx.update(jnp.array([3.0, 4.0]), state, w)
+    >>> print(updates, state.skipped, state.norm)
+    [-0.6 -0.8] 1 5.0
+
+    Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
+    Algorithm 1; Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2, for skipping.
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"guard: tx={tx!r} is of type {type(tx).__name__}, no optimizer: write "
+            "guard(snr_adam.adamw(1e-3), clip_norm=1.0)"
+        )
+    check_hyperparams(clip_norm=clip_norm)
+    if not (max_consecutive is None or (isinstance(max_consecutive, int) and max_consecutive >= 1)):
+        raise ValueError(f"guard: max_consecutive={max_consecutive!r}: must be an int >= 1, or None to never give up")
+    inner = optax.with_extra_args_support(tx)
+    gated = isinstance(tx, Gated)
+
+    def init(params):
+        leaves, _ = _tree.flatten(params)
+        numbers = [_tree.as_array(p) for p in leaves if p is not None and _is_real(p)]
+        new = functools.partial(_tree.new_scalar, leaves)
+        return GuardState(
+            inner=inner.init(params),
+            skipped=new(jnp.int32(0)),
+            consecutive=new(jnp.int32(0)),
+            holding=new(jnp.zeros((), bool)),
+            last_bad=new(jnp.int32(-1)),
+            norm=new(jnp.zeros((), compute_dtype(*numbers))),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        look = _look(jax.tree.leaves(updates))
+        gate = Gate((look.bad < 0) & ~state.holding, _scale(look.norm, clip_norm))
+        if gated:
+            us, new = inner.update(updates, state.inner, params, gate=gate, **extra_args)
+        else:
+            scaled = jax.tree.map(lambda g: _scaled(g, gate.scale), updates, is_leaf=_tree.is_none)
+            us, new = inner.update(scaled, state.inner, params, **extra_args)
+            new = gate.held(new, state.inner)
+        us = jax.tree.map(lambda u: jnp.where(gate.ok, u, -jnp.zeros_like(u)) if _is_real(u) else u, us)
+        return us, _after(state, new, gate.ok, look, max_consecutive)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _after(state: GuardState, inner, ok, look: _Look, limit: int | None) -> GuardState:
+    consecutive = jnp.where(ok, 0, optax.safe_increment(state.consecutive))
+    return GuardState(
+        inner=inner,
+        skipped=jnp.where(ok, state.skipped, optax.safe_increment(state.skipped)),
+        consecutive=consecutive,
+        holding=state.holding if limit is None else state.holding | (consecutive >= limit),
+        last_bad=jnp.where(look.bad < 0, state.last_bad, look.bad),
+        norm=jnp.where(look.bad < 0, look.norm.astype(state.norm.dtype), state.norm),
+    )
+
+
+class Health(NamedTuple):
+    """A `GuardState` as Python numbers, with the last bad leaf by name (None before any). `str()` is a sentence."""
+
+    skipped: int
+    consecutive: int
+    holding: bool
+    last_bad: str | None
+    norm: float
+
+    def __str__(self) -> str:
+        if not self.skipped:
+            return f"no step skipped; gradient norm {self.norm:.3g}"
+        steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
+        now = f" ({self.consecutive} in a row until now)" if self.consecutive else ""
+        hold = "; HOLDING: no step is taken until the state's `holding` is set to False" if self.holding else ""
+        return f"{steps} skipped{now}; last non-finite gradient: {self.last_bad}{hold}"
+
+
+def health(state, params) -> Health:
+    """What the guard in an optimizer's state has seen, in words.
+
+    Args:
+      state: an optimizer's state that holds one `GuardState`.
+      params: the parameters, for the names of the leaves.
+
+    Returns:
+      A `Health`; reading it waits for the device, so ask for it as rarely as for a loss.
+
+    Raises:
+      ValueError: if the state holds no guard, or more than one.
+    """
+    is_state = functools.partial(_is, GuardState)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
+        )
+    skipped, consecutive, holding, last_bad, norm = (np.asarray(x) for x in jax.device_get(found[0][1:]))
+    names = [name for name, leaf in _tree.named_leaves(params) if leaf is not None]
+    name = names[int(last_bad)] if last_bad >= 0 else None
+    return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
+
+
+def _is(kind, node) -> bool:
+    return isinstance(node, kind)

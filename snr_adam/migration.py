@@ -1,0 +1,222 @@
+"""A run that goes on under another optimizer: the same moments in another state.
+
+Adam's memory is a count, m and v per parameter, here and in Optax. What differs is how they lie:
+
+    from_optax(state, like)     a run of `optax.adam` or `optax.adamw` goes on in this package
+    to_optax(state, like)       and back
+
+`like` is what the optimizer that goes on returns from `init`; its form is what the result has. So the same two words
+change the storage (float32, bfloat16, packed, shared noise) and the learning rate from constant to scheduled: with a
+schedule Optax keeps a second counter behind its Adam, this package one for both. What is beside an Adam (a mean of
+gradients, injected numbers) comes along as it is, and whatever would not fit is an error by name.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from snr_adam import _tree
+from snr_adam._numerics import complex_like, compute_dtype, mean_onto, random_bits, seeds_at
+from snr_adam.storage import Cast, Packed
+from snr_adam.transform import ScaleBySnrState, SharedNoise
+
+
+class _Moments(NamedTuple):
+    """The m and v of an Adam, leaf by leaf, as they rest; `outer` is the structure of the parameters."""
+
+    outer: Any
+    packed: bool
+    ms: list
+    vs: list
+
+
+def _is_adam(node) -> bool:
+    return isinstance(node, (ScaleBySnrState, optax.ScaleByAdamState))
+
+
+def _moments(state, where: str) -> _Moments:
+    ms, outer = _tree.flatten(state.mu)
+    if isinstance(state.nu, SharedNoise):
+        return _Moments(outer, False, ms, list(state.nu.v))
+    if isinstance(state.nu, tuple) and state.nu == () and all(m is None or m.dtype == jnp.uint32 for m in ms):
+        return _Moments(outer, True, ms, [None] * len(ms))
+    vs, structure = _tree.flatten(state.nu)
+    if structure != outer:
+        raise ValueError(
+            f"the state at {where} does not keep one m and one v per parameter (its mu is a {type(state.mu).__name__}, "
+            f"its nu a {type(state.nu).__name__}): only the state of an Adam can move, whatever its storage"
+        )
+    return _Moments(outer, False, ms, vs)
+
+
+def _restore_leaf(m, v, packed: bool):
+    """m and v of one leaf as they are computed, in float32 or float64."""
+    if packed:
+        return Packed().decode(m, (), jnp.float32)
+    dtype = compute_dtype(m, v)
+    v = v.real.astype(dtype)  # Optax's v of a complex parameter is complex too, with nothing in its imaginary part
+    return m.astype(complex_like(dtype) if jnp.iscomplexobj(m) else dtype), v
+
+
+def _encode_leaf(m, v, to_m, to_v, dither):
+    """m and v of one leaf in the form of `to_m` and `to_v` (None: packed)."""
+    if to_v is None:
+        return Packed().encode(m, jnp.broadcast_to(v, m.shape), dither)
+    m, v = Cast(*map(_real_dtype, (to_m, to_v))).encode(m, mean_onto(to_v, jnp.broadcast_to(v, m.shape)), dither)
+    return m.astype(to_m.dtype), v.astype(to_v.dtype)
+
+
+def _real_dtype(x):
+    return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.dtype
+
+
+def _move_moments(state, like, where: str):
+    """The state of an Adam in the form of another, rounded stochastically where that is narrower."""
+    (outer, packed, ms, vs), to = _moments(state, where), _moments(like, where)
+    if outer != to.outer:
+        raise ValueError(
+            f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {to.outer}: "
+            "give two states of one model"
+        )
+    seeds, names = seeds_at(state.count, len(ms)), [name for name, _ in _tree.named_leaves(state.mu)]
+    for i, (m, v) in enumerate(zip(ms, vs, strict=True)):
+        if m is None:
+            continue
+        if m.shape != to.ms[i].shape:
+            raise ValueError(
+                f"the moments of {names[i]} have shape {m.shape}, those of `like` {to.ms[i].shape}: give two states of "
+                "one model"
+            )
+        dither = functools.partial(random_bits, seed=seeds[i])
+        ms[i], vs[i] = _encode_leaf(*_restore_leaf(m, v, packed), to.ms[i], to.vs[i], dither)
+    nu: Any = () if to.packed else SharedNoise(tuple(vs)) if isinstance(like.nu, SharedNoise) else outer.unflatten(vs)
+    return type(like)(state.count, outer.unflatten(ms), nu)
+
+
+def _children(node):
+    """The children of one node with their paths, and the node without them; a leaf is its own child."""
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+
+
+def _move(path, state, like, count):
+    """`state` in the form of `like`; `count` is that of the Adam beside it, if there is one."""
+    where = _tree.name(path)
+    if _is_adam(state) and _is_adam(like):
+        return _move_moments(state, like, where)
+    if not jax.tree.leaves((state, like)):
+        return like
+    if isinstance(state, optax.ScaleByScheduleState) and isinstance(like, optax.EmptyState):
+        _check_one_count(count, state.count, where)
+        return like
+    if isinstance(like, optax.ScaleByScheduleState) and isinstance(state, optax.EmptyState) and count is not None:
+        return optax.ScaleByScheduleState(count)
+    (children, outer), (others, other) = _children(state), _children(like)
+    if outer != other or (children and children[0][1] is state and _avals(state) != _avals(like)):
+        raise ValueError(
+            f"the state at {where} is {_kind(state)} where `like` has {_kind(like)}: give as `like` what the optimizer "
+            "that goes on returns from `init`"
+        )
+    if children and children[0][1] is state:
+        return state
+    counts = [child.count for _, child in children if _is_adam(child)]
+    counts = counts[0] if len(counts) == 1 else None
+    return outer.unflatten(
+        [_move((*path, *key), x, y, counts) for (key, x), (_, y) in zip(children, others, strict=True)]
+    )
+
+
+def _avals(x):
+    return jnp.shape(x), jnp.result_type(x)
+
+
+def _kind(x) -> str:
+    if hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    inside = f" of {sorted(x)}" if isinstance(x, dict) else f" of {len(x)}" if isinstance(x, tuple) else ""
+    return f"a {type(x).__name__}{inside}"
+
+
+def _check_one_count(count, scheduled, where: str) -> None:
+    if count is None:
+        raise ValueError(f"the schedule at {where} has no Adam beside it whose count could serve for both: give `like`")
+    if isinstance(count, jax.core.Tracer) or isinstance(scheduled, jax.core.Tracer):
+        return
+    ahead = int(scheduled) - int(count)
+    if ahead:
+        raise ValueError(
+            f"Adam has taken {int(count)} steps, the schedule at {where} {int(scheduled)}; here one count serves for "
+            f"both: set the schedule's count to Adam's and give the new optimizer schedule(t + {ahead})"
+        )
+
+
+def _in_full(state, kind):
+    """The form of a preset's state with float32 moments and a constant learning rate, as shapes and dtypes."""
+
+    def full(node):
+        if isinstance(node, optax.ScaleByScheduleState):
+            return optax.EmptyState()
+        if not _is_adam(node):
+            return node
+        outer, packed, ms, vs = _moments(node, "the tree itself")
+
+        def restore(m, v):
+            m, v = _restore_leaf(m, v, packed)
+            return m, jnp.broadcast_to(v, m.shape)
+
+        pairs = [(m, v) if m is None else jax.eval_shape(restore, m, v) for m, v in zip(ms, vs, strict=True)]
+        return kind(node.count, outer.unflatten([m for m, _ in pairs]), outer.unflatten([v for _, v in pairs]))
+
+    return jax.tree.map(
+        full, state, is_leaf=lambda x: _is_adam(x) or isinstance(x, (optax.ScaleByScheduleState, optax.EmptyState))
+    )
+
+
+def _to(kind, state, like):
+    """`state` with its Adams as `kind`, in the form of `like`."""
+    like = _in_full(state, kind) if like is None else like
+    for what, tree, kinds in (("state", state, (ScaleBySnrState, optax.ScaleByAdamState)), ("like", like, kind)):
+        if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=_is_adam)):
+            raise ValueError(
+                f"{what} is {_kind(tree)} and holds no {getattr(kinds, '__name__', 'state of an Adam')}: give what the "
+                "`init` or `update` of such an optimizer returns"
+            )
+    return _move((), state, like, None)
+
+
+def from_optax(state: Any, like: Any = None) -> Any:
+    """The state with which this package goes on where `optax.adam` or `optax.adamw` stopped.
+
+    Args:
+      state: an optimizer's state that holds a `ScaleByAdamState` (or a `ScaleBySnrState` in another storage), after any
+        number of steps.
+      like: what `init` returns for the optimizer that goes on, or its `jax.eval_shape`. By default that of the preset
+        of the same name with float32 moments.
+
+    Returns:
+      A state of the form of `like`, with the moments and the count of `state`. Moments are exact but where `like` is
+      narrower, bfloat16 or packed: there they are rounded stochastically, as in a step.
+
+    Raises:
+      ValueError: naming the place, if the two belong to different models, if something in `state` has no place in
+      `like`, or if a schedule has taken another number of steps than its Adam.
+
+    >>> import snr_adam
+    >>> w, g = jnp.ones(2), jnp.array([0.5, -2.0])
+    >>> _, old = optax.adam(1e-3).update(g, optax.adam(1e-3).init(w))
+    >>> packed = snr_adam.adam(1e-3, storage="packed")
+    >>> state = from_optax(old, packed.init(w))
+    >>> print(state[0].count, state[0].mu.dtype, to_optax(state)[0].mu)
+    1 uint32 [ 0.05004883 -0.20019531]
+    """
+    return _to(ScaleBySnrState, state, like)
+
+
+def to_optax(state: Any, like: Any = None) -> Any:
+    """The state with which `optax.adam` or `optax.adamw` goes on where this package stopped; see `from_optax`.
+
+    By default the form is that of a constant learning rate; for a schedule give what Optax's `init` returns as `like`.
+    """
+    return _to(optax.ScaleByAdamState, state, like)

@@ -1,0 +1,407 @@
+"""Wrong Adams, each with the test of this suite that catches it.
+
+A mutant replaces one part of the package by a wrong one of a few lines; the test named beside it must then fail, by an
+assertion and not by a crash. So the suite cannot lose the test that stands between a user and that mistake.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import test_accuracy
+import test_bits
+import test_checkpoint
+import test_laws
+import test_leaves
+import test_migration
+import test_precision
+import test_random_bits
+import test_storage
+import test_twins
+
+import snr_adam
+from snr_adam import _numerics, _tree, checkpoint, migration, noise, precision, signal, storage, transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Caught:
+    """A test of the suite and the arguments with which the suite calls it; `wide` if it asks for the fixture x64."""
+
+    test: Callable
+    args: tuple = ()
+    wide: bool = False
+
+    def __call__(self):
+        with jax.enable_x64(self.wide):
+            self.test(*self.args, *([None] if self.wide else []))
+
+
+def definition(options=None):
+    """Adam's definition in 60 digits."""
+    return Caught(test_twins.test_adam_is_its_definition_in_60_digits, (options or {},), True)
+
+
+OTHER = definition({"b1": 0.95, "b2": 0.999999, "eps": 1e-4, "eps_root": 1e-6})
+
+
+def twin(name):
+    """The preset is its Optax namesake."""
+    return Caught(test_twins.test_updates_are_optaxs_by_default, (name,), True)
+
+
+def accurate(b2):
+    """The error of the update in units of the last place."""
+    return Caught(test_accuracy.test_worst_error_over_a_thousand_steps, (b2,))
+
+
+def replaced(owner, name, wrong) -> tuple:
+    """`owner.name` becomes wrong(the right one)."""
+    return owner, name, wrong
+
+
+PACKAGE = [module for name, module in sys.modules.items() if name.startswith("snr_adam")]
+
+
+def everywhere(name, wrong) -> list[tuple]:
+    """The same in every module of the package that knows the name."""
+    return [replaced(module, name, wrong) for module in PACKAGE if name in vars(module)]
+
+
+def named(name) -> Any:
+    """The part of that name, wherever it lives."""
+    return next(vars(module)[name] for module in PACKAGE if name in vars(module))
+
+
+def preset(name, make) -> tuple:
+    """The preset of that name becomes make(the right one)."""
+    return cases.PRESETS, name, lambda right: (make(right[0]), right[1])
+
+
+def root(formula):
+    """RMS, Maximum and the rest with another root: formula(v, numbers)."""
+    return replaced(noise, "_root", lambda right: lambda v, k, debias=True: formula(v, k))
+
+
+def step(change):
+    """The end of a step: change(the right update, signal, noise, p, alpha, decay)."""
+
+    def wrong(right):
+        def mutant(self, signal, noise, p, alpha, decay, zero):
+            return change(_right_step(right, self, zero=zero), signal, noise, p, alpha, decay)
+
+        return mutant
+
+    return replaced(named("Descent"), "step", wrong)
+
+
+def _right_step(right, self, zero):
+    """The right step with what no mutant changes."""
+    return lambda signal, noise, p, alpha, decay: right(self, signal, noise, p, alpha, decay, zero)
+
+
+def rule(change):
+    """One array's estimate: change(self, right, g, stored, step, dtype, dither)."""
+    return replaced(
+        named("_Rule"), "estimate", lambda right: lambda self, *args: change(self, lambda *a: right(self, *a), *args)
+    )
+
+
+def _not_stored(self, right, g, stored, *rest):
+    return (*right(g, stored, *rest)[:2], stored)
+
+
+def _stale_noise(self, right, g, stored, numbers, dtype, *rest):
+    x, _, new = right(g, stored, numbers, dtype, *rest)
+    _, old = self.storage.decode(*stored, dtype)
+    return x, self.noise.estimate(old, g, numbers.noise, None), new
+
+
+def _power(b, t, dtype):
+    """The bias correction as it is usually written."""
+    b = jnp.asarray(_numerics.value_at(b, t, dtype), jnp.float32)
+    return _numerics.Decay(1 - b, 1 / (1 - b ** t.astype(jnp.float32)), jnp.log(b))
+
+
+def _biased(self, mu, nu, dither):
+    bits = dither(mu.shape, 0)
+    m = (_numerics.word_of(mu) + jnp.minimum((bits >> 16) + 0x1000, 0xFFFF)) & storage._HIGH
+    return m | (_numerics.word_of(nu) + (bits & 0x7FFF)) >> 15, ()
+
+
+# name -> the wrong parts, and the test that catches them
+MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
+    # eps
+    "eps inside the root": ([root(lambda v, k: jnp.sqrt(v * k.v.debias + k.eps))], definition()),
+    "eps 100 times too large": ([root(lambda v, k: jnp.sqrt(v * k.v.debias) + 100 * k.eps)], definition()),
+    "eps forgotten": ([root(lambda v, k: jnp.sqrt(v * k.v.debias))], OTHER),
+    "eps where TensorFlow has it": ([root(lambda v, k: (jnp.sqrt(v) + k.eps) * jnp.sqrt(k.v.debias))], definition()),
+    "eps_root ignored": ([root(lambda v, k: jnp.sqrt(v * k.v.debias) + k.eps)], OTHER),
+    "eps_root outside of the correction": (
+        [root(lambda v, k: jnp.sqrt((v + k.eps_root) * k.v.debias) + k.eps)],
+        OTHER,
+    ),
+    "a maximum with eps for the sum": ([root(lambda v, k: jnp.maximum(jnp.sqrt(v * k.v.debias), k.eps))], OTHER),
+    # bias corrections and counts
+    "signal not corrected": (
+        [replaced(signal.EMA, "estimate", lambda right: lambda self, old, m, g, k: (m, 1.0))],
+        definition(),
+    ),
+    "noise not corrected": ([root(lambda v, k: jnp.sqrt(v) + k.eps)], definition()),
+    "corrections one step late": (
+        everywhere("decay_at", lambda right: lambda b, t, dtype: right(b, t + 1, dtype)),
+        definition(),
+    ),
+    "1 - b**t in float32": (
+        everywhere("decay_at", lambda right: _power),
+        accurate(0.9999),
+    ),
+    "b m + (1-b) g in float32": (
+        everywhere("lerp", lambda right: lambda old, new, gain: (1 - gain) * old + gain * new),
+        accurate(0.9999),
+    ),
+    "the count wraps around": (
+        [replaced(transform.optax, "safe_increment", lambda right: lambda count: count + 1)],
+        Caught(test_leaves.test_the_count_stops_at_its_last_value, ("adam",)),
+    ),
+    "schedules one step ahead": (
+        everywhere("value_at", lambda right: lambda hyper, t, dtype=None: right(hyper, t + 1, dtype)),
+        Caught(test_twins.test_schedules_are_those_of_inject_hyperparams, ("adam",), True),
+    ),
+    # moments
+    "moments not stored": ([rule(_not_stored)], definition()),
+    "swapped betas": ([preset("adam", lambda adam: lambda lr, b1=0.9, b2=0.999: adam(lr, b2, b1))], definition()),
+    "stale noise": (
+        [rule(_stale_noise)],
+        Caught(test_twins.test_updates_are_optaxs_with_every_option, ("adam", {"eps_root": 1e-2}), True),
+    ),
+    "stale signal": (
+        [replaced(signal.EMA, "estimate", lambda right: lambda self, old, m, g, k: (old, k.debias))],
+        definition(),
+    ),
+    "noise of the signal": (
+        [replaced(noise.RMS, "update", lambda right: lambda self, v, g, k, center: right(self, v, center, k, center))],
+        definition(),
+    ),
+    "mean absolute gradient": (
+        everywhere("abs_sq", lambda right: abs),
+        definition(),
+    ),
+    "complex squares": (
+        [replaced(_numerics, "abs_sq", lambda right: lambda x: (x * x).real)],
+        Caught(test_leaves.test_complex_moments_are_those_of_the_pair_of_reals, ("adam",)),
+    ),
+    "moments as narrow as parameters": (
+        everywhere("compute_dtype", lambda right: lambda *xs: xs[0].real.dtype),
+        Caught(test_leaves.test_mixed_precision, ("adam", "float16", "float16")),
+    ),
+    "a count of weak type": (
+        [replaced(_tree, "new_count", lambda right: lambda leaves: jnp.asarray(0))],
+        Caught(test_laws.test_types_are_a_fixed_point, ("adam", None)),
+    ),
+    # the step
+    "up instead of down": ([step(lambda right, x, n, p, a, d: right(x, n, p, -a, d))], definition()),
+    "no step at all": ([step(lambda right, x, n, p, a, d: 0.0 * right(x, n, p, a, d))], definition()),
+    "the sign alone": ([step(lambda right, x, n, p, a, d: jnp.sign(right(x, n, p, a, d)) * a)], definition()),
+    "steps of an element depend on its leaf": (
+        [step(lambda right, x, n, p, a, d: right(x, jnp.mean(n, keepdims=True) + 0.0 * n, p, a, d))],
+        definition(),
+    ),
+    # weight decay
+    "decay coupled to the gradient": (
+        [
+            preset(
+                "adamw",
+                lambda adamw: lambda lr: optax.chain(optax.add_decayed_weights(1e-4), adamw(lr, weight_decay=0.0)),
+            )
+        ],
+        twin("adamw"),
+    ),
+    "decay without the learning rate": (
+        [step(lambda right, x, n, p, a, d: right(x, n, p, a, d / a if isinstance(d, float) else d))],
+        twin("adamw"),
+    ),
+    "decay of what is masked": (
+        everywhere("_select", lambda right: lambda on, decay: decay),
+        Caught(test_twins.test_masks_are_optaxs, ("adamw", test_twins.big), True),
+    ),
+    "decay forgotten": ([step(lambda right, x, n, p, a, d: right(x, n, p, a, 0.0))], twin("adamw")),
+    # the family
+    "nadam without its look ahead": (
+        [replaced(signal.Nesterov, "estimate", lambda right: lambda self, old, m, g, k: (m, k.scale))],
+        twin("nadam"),
+    ),
+    "amsgrad's maximum before the correction": (
+        [
+            replaced(
+                noise.Maximum,
+                "update",
+                lambda right: lambda self, s, g, k, c: right(dataclasses.replace(self, debias=False), s, g, k, c),
+            )
+        ],
+        twin("amsgrad"),
+    ),
+    "adabelief around zero": (
+        [replaced(noise.Belief, "update", lambda right: lambda self, v, g, k, center: right(self, v, g, k, 0.0))],
+        twin("adabelief"),
+    ),
+    "radam without rectification": (
+        [replaced(noise.Rectified, "estimate", lambda right: lambda self, v, g, k, c: noise._root(v, k.root))],
+        twin("radam"),
+    ),
+    "adopt with the current noise": (
+        [
+            replaced(
+                noise.Previous,
+                "estimate",
+                lambda right: lambda self, v, g, k, c: right(self, self.update(v, g, k, c), g, k, c),
+            )
+        ],
+        twin("adopt"),
+    ),
+    "adopt without its floor": (
+        [
+            replaced(
+                noise.Previous,
+                "estimate",
+                lambda right: (
+                    lambda self, v, g, k, c: jnp.where(
+                        k.first, jnp.inf, jnp.maximum(jnp.sqrt(v), abs(g) * k.inverse_clip)
+                    )
+                ),
+            )
+        ],
+        Caught(test_leaves.test_float16_with_zero_gradients_stands_still, ("adopt",)),
+    ),
+    "lion with one decay": (
+        [
+            replaced(
+                signal.Sign,
+                "at",
+                lambda right: lambda self, t, dtype: right(dataclasses.replace(self, b2=self.b1), t, dtype),
+            )
+        ],
+        twin("lion"),
+    ),
+    "lamb without trust": (everywhere("_trust_ratio", lambda right: lambda p, u: 1.0), twin("lamb")),
+    "a floor of none": (
+        [replaced(signal.EMA, "floor", lambda right: lambda self, t: 0.0)],
+        Caught(test_laws.test_the_floor_is_the_sum_of_squared_weights, ("ema",), True),
+    ),
+    # bits
+    "a product that may be fused": (
+        everywhere("unseen_zero", lambda right: lambda t, dtype: jnp.zeros((), dtype) * -1.0),
+        Caught(test_bits.test_a_form_does_not_change_bits, ("lamb", "update and apply apart")),
+    ),
+    "biased rounding": (
+        [replaced(storage.Packed, "encode", lambda right: _biased)],
+        Caught(test_random_bits.test_the_mean_of_rounding_is_exact, (test_random_bits._packed(0), 16, 1, 254)),
+    ),
+    "a stuck random bit": (
+        [replaced(test_random_bits, "random_bits", lambda right: lambda *args: right(*args) | (1 << 20))],
+        Caught(test_random_bits.test_every_bit_is_fair, (1, 0, 0)),
+    ),
+    "rounding to nearest": (
+        [replaced(storage, "round_to", lambda right: lambda dtype, x, bits=None: right(dtype, x))],
+        Caught(test_storage.test_no_stall_on_the_way_up),
+    ),
+    "the same random bits in every step": (
+        everywhere("seeds_at", lambda right: lambda count, arrays: right(jnp.int32(7) + 0 * count, arrays)),
+        Caught(test_storage.test_no_stall_on_the_way_up),
+    ),
+    "the same random bits in every leaf": (
+        everywhere("seeds_at", lambda right: lambda count, arrays: right(count, 1) * arrays),
+        Caught(test_random_bits.test_equal_leaves_are_rounded_by_different_bits, ("packed",)),
+    ),
+    "a packed noise of one bit less": (
+        [
+            replaced(
+                storage.Packed,
+                "decode",
+                lambda right: lambda self, mu, nu, dtype: right(self, mu & ~jnp.uint32(1), nu, dtype),
+            )
+        ],
+        Caught(test_random_bits.test_every_code_encodes_to_itself, ("noise", 0)),
+    ),
+    "a remainder that is dropped": (
+        [replaced(precision, "_split", lambda right: lambda *args: (right(*args)[0], jnp.zeros_like(right(*args)[1])))],
+        Caught(test_precision.test_16_bits_are_float32, ("adamw",)),
+    ),
+    # what was away
+    "a digest without places": (
+        [replaced(checkpoint, "element_index", lambda right: lambda shape: jnp.zeros(shape, jnp.uint32))],
+        Caught(test_checkpoint.test_whatever_is_another_tree, ("two elements exchanged",)),
+    ),
+    "a digest without names": (
+        [replaced(checkpoint, "_token", lambda right: lambda place, row: b"8 bytes.")],
+        Caught(test_checkpoint.test_whatever_is_another_tree, ("another name",)),
+    ),
+    "a digest of rounded numbers": (
+        [
+            replaced(
+                checkpoint, "_words", lambda right: lambda x: right(x.astype("bfloat16") if x.dtype == "float32" else x)
+            )
+        ],
+        Caught(test_checkpoint.test_every_bit_of_every_dtype, ("float32",)),
+    ),
+    "a move that forgets the count": (
+        [replaced(migration, "_move_moments", lambda right: lambda *args: right(*args)._replace(count=jnp.int32(0)))],
+        Caught(test_migration.test_there_and_back, ("constant", "float32", "adam")),
+    ),
+    "a move that rounds to nearest": (
+        [
+            replaced(
+                migration,
+                "random_bits",
+                lambda right: lambda shape, *args, **kwargs: jnp.full(shape, 0x80004000, jnp.uint32),
+            )
+        ],
+        Caught(test_migration.test_rounding_on_the_way_is_unbiased, ("packed",)),
+    ),
+}
+
+
+def _forget(test):
+    """What the test's module and the package have compiled, and what the module remembers of earlier runs."""
+    for x in [*vars(sys.modules[test.__module__]).values(), *vars(checkpoint).values()]:
+        for clear in ("cache_clear", "clear_cache"):
+            getattr(x, clear, lambda: None)()
+
+
+@contextlib.contextmanager
+def mutated(parts, test):
+    """The package with wrong parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, wrong in parts:
+            if isinstance(owner, dict):
+                patch.setitem(owner, name, wrong(owner[name]))
+            else:
+                patch.setattr(owner, name, wrong(getattr(owner, name)))
+        _forget(test)
+        yield
+    _forget(test)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name):
+    parts, caught = MUTANTS[name]
+    with mutated(parts, caught.test), pytest.raises(AssertionError):
+        caught()
+    print(f"{name}: caught by {caught.test.__module__}.py::{caught.test.__name__}{caught.args}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_what_catches_passes_without_the_mutant(name):
+    MUTANTS[name][1]()
+
+
+def test_there_are_enough():
+    assert len(MUTANTS) >= 25
+    assert snr_adam.adam in {make for make, _ in cases.PRESETS.values()}  # no mutant stays behind

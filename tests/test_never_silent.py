@@ -1,0 +1,542 @@
+"""A table of things that go wrong, and what must come of each: an error that teaches, or a stated result, not silence.
+
+A row is an input and what is expected of it. `Refused` expects an error whose text names the path or the argument, the
+value or the shape that was got, and what to do; anything else is a function that looks at the result. A row about
+something new is one line; rows of one subject stand together.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import snr_adam
+from snr_adam import EMA, RMS, adam, adamw, guard, scale_by_snr
+
+
+class Refused(NamedTuple):
+    """The error, and texts that it must contain: where (path or argument), what was got, and what to do."""
+
+    error: type
+    where: str
+    got: str
+    do: str
+
+
+number = functools.partial(Refused, ValueError)
+kind = functools.partial(Refused, TypeError)
+RANGE, DECAY, POSITIVE = "must be a finite number >= 0", "must be in [0, 1)", "must be a finite number > 0"
+
+HYPERPARAMETERS = {
+    "learning rate negative": (lambda: adam(-1.0), number("learning_rate", "-1.0", RANGE)),
+    "learning rate NaN": (lambda: adam(float("nan")), number("learning_rate", "nan", RANGE)),
+    "learning rate infinite": (lambda: adamw(float("inf")), number("learning_rate", "inf", RANGE)),
+    "learning rate None": (lambda: adam(None), kind("learning_rate", "None", RANGE)),
+    "learning rate a string": (lambda: adam("1e-3"), kind("learning_rate", "'1e-3'", RANGE)),
+    "learning rate True": (lambda: adam(True), kind("learning_rate", "True", RANGE)),
+    "learning rate complex": (lambda: adam(1j), kind("learning_rate", "1j", RANGE)),
+    "learning rate a class": (lambda: adam(float), kind("learning_rate", "float", RANGE)),
+    "learning rate a negative array": (lambda: adam(jnp.float32(-1)), number("learning_rate", "-1", RANGE)),
+    "learning rate a negative NumPy number": (lambda: adam(np.float64(-1)), number("learning_rate", "-1", RANGE)),
+    "learning rate a vector": (lambda: adam(jnp.ones(3)), number("learning_rate", "(3,)", "one number")),
+    "learning rate the parameters": (lambda: adam({"w": jnp.ones(3)}), number("at w", "(3,)", "init(params)")),
+    "learning rate negative in a tree": (lambda: adam({"a": 1.0, "b": -1.0}), number("at b", "-1.0", RANGE)),
+    "learning rate None in a tree": (lambda: adam({"a": 1.0, "b": None}), kind("at b", "None", RANGE)),
+    "learning rate missing": (lambda: adam(), kind("learning_rate", "missing", "use learning_rate, b1")),
+    "lr": (lambda: adam(lr=1e-3), kind("adam", "'lr'", "did you mean learning_rate?")),
+    "betas": (lambda: adam(1e-3, betas=(0.9, 0.99)), kind("adam", "'betas'", "did you mean b1 and b2?")),
+    "b1 a pair": (lambda: adam(1e-3, (0.9, 0.99)), kind("b1", "(0.9, 0.99)", "given as b1=0.9, b2=0.99")),
+    "b1 negative": (lambda: adam(1e-3, -0.1), number("b1", "-0.1", DECAY)),
+    "b1 one": (lambda: adam(1e-3, 1), number("b1", "1", DECAY)),
+    "b1 in the part": (lambda: EMA(1.5), number("b1", "1.5", DECAY)),
+    "b2 one": (lambda: adam(1e-3, b2=1.0), number("b2", "1.0", DECAY)),
+    "b2 NaN": (lambda: adam(1e-3, b2=float("nan")), number("b2", "nan", DECAY)),
+    "b2 that float32 takes for 1": (lambda: adam(1e-3, b2=1 - 1e-9), number("b2", "0.999999999", "float32")),
+    "b2 in the part": (lambda: scale_by_snr(EMA(), RMS(1.0)), number("b2", "1.0", DECAY)),
+    "b3 of ademamix": (lambda: snr_adam.ademamix(1e-3, b3=1.0), number("b3", "1.0", DECAY)),
+    "b of centered_adam": (lambda: snr_adam.centered_adam(1e-3, 1.0), number("centered_adam: b", "1.0", DECAY)),
+    "decay of rmsprop": (lambda: snr_adam.rmsprop(1e-3, 1.1), number("decay", "1.1", DECAY)),
+    "momentum of rmsprop": (lambda: snr_adam.rmsprop(1e-3, momentum=1.0), number("momentum", "1.0", DECAY)),
+    "threshold of radam": (lambda: snr_adam.radam(1e-3, threshold=3.0), number("threshold", "3.0", ">= 4")),
+    "alpha of ademamix": (lambda: snr_adam.ademamix(1e-3, alpha=-1.0), number("alpha", "-1.0", RANGE)),
+    "eps negative": (lambda: adam(1e-3, eps=-1e-8), number("eps", "-1e-08", POSITIVE)),
+    "eps zero": (lambda: adam(1e-3, eps=0.0), number("eps", "0.0", POSITIVE)),
+    "eps zero in float32": (lambda: adam(1e-3, eps=1e-50), number("eps", "1e-50", "float32: at least 1.2e-38")),
+    "eps zero in float32, part": (lambda: RMS(eps=1e-50), number("eps", "1e-50", "float32: at least 1.2e-38")),
+    "eps_root negative": (lambda: adam(1e-3, eps_root=-1.0), number("eps_root", "-1.0", RANGE)),
+    "weight decay negative": (lambda: adamw(1e-3, weight_decay=-0.1), number("weight_decay", "-0.1", RANGE)),
+    "weight decay None": (lambda: adamw(1e-3, weight_decay=None), kind("weight_decay", "None", RANGE)),
+    "weight decay of descend": (lambda: snr_adam.descend(1e-3, weight_decay=-1.0), number("weight", "-1.0", RANGE)),
+    "storage unknown": (lambda: adam(1e-3, storage="fp8"), number("storage", "'fp8'", "['bfloat16', 'float32', 'pa")),
+    "storage None": (lambda: adam(1e-3, storage=None), number("storage", "None", "use one of")),
+    "storage and mu_dtype": (
+        lambda: adam(1e-3, mu_dtype="bfloat16", storage="packed"),
+        number("mu", "packed", "give one"),
+    ),
+    "moments as integers": (lambda: adam(1e-3, mu_dtype="int8"), number("mu", "int8", "a floating dtype, such as")),
+    "moments as nonsense": (lambda: adam(1e-3, mu_dtype="small"), number("mu", "'small'", "a floating dtype, such as")),
+    "v as float16": (lambda: snr_adam.Cast(nu="float16"), number("nu", "float16", "use 'bfloat16'")),
+    "b1, b2, learning rate": (lambda: adam(0.9, 0.999, 1e-3), number("learning_rate", "0.9", "the order is")),
+    "injected": (lambda: optax.inject_hyperparams(adam)(-1.0), number("learning_rate", "-1.0", RANGE)),
+    "clip_norm zero": (lambda: guard(adam(1e-3), 0.0), number("clip_norm", "0.0", POSITIVE)),
+    "clip_norm a string": (lambda: guard(adam(1e-3), "1"), kind("clip_norm", "'1'", POSITIVE)),
+    "max_consecutive zero": (lambda: guard(adam(1e-3), max_consecutive=0), number("max_consec", "0", "int >= 1")),
+    "guard of a number": (lambda: guard(1.0), kind("tx", "1.0", "write guard(")),
+    "bits of the remainder": (lambda: snr_adam.carry_remainder(adam(1.0), "4"), number("bits", "'4'", "use '16'")),
+    "schedule of None": (lambda: step(adam(lambda count: None)), kind("schedule", "None", "must be one real number")),
+    "schedule of a string": (lambda: step(adam(lambda count: "1")), kind("schedule", "'1'", "must be one real number")),
+    "schedule of a vector": (lambda: step(adam(lambda t: jnp.ones(2))), number("schedule", "(2,)", "one number")),
+    "learning rate zero": (lambda: step(adam(0.0)), lambda u: not np.any(u["w"])),
+    "b1 zero": (lambda: step(adam(0.1, b1=0.0)), lambda u: np.allclose(u["w"], [-0.1, 0.1, -0.1])),
+    "b2 zero": (lambda: step(adam(0.1, b2=0)), lambda u: np.allclose(u["w"], [-0.1, 0.1, -0.1])),
+    "b2 just under 1": (lambda: step(adam(0.1, b2=1 - 6e-8)), lambda u: np.allclose(u["w"], [-0.1, 0.1, -0.1])),
+    "traced, under checkify": (lambda: checked(b2=1.5), lambda text: "b2=1.5: must be in [0, 1)" in text),
+    "traced and right, under checkify": (lambda: checked(b2=0.5, learning_rate=0.1), lambda text: text is None),
+    "traced, injected": (lambda: checked_injection(-2.0), lambda text: "learning_rate=-2.0: must be" in text),
+    "an unknown name to check": (lambda: checked(beta=1.0), kind("beta", "no hyper-parameter", "use one of")),
+}
+
+W = {"w": jnp.asarray([1.0, -2.0, 3.0]), "layer": [jnp.zeros(2), jnp.ones((2, 3))]}
+G = {"w": jnp.asarray([0.5, -1.0, 2.0]), "layer": [jnp.ones(2), jnp.ones((2, 3))]}
+
+
+def step(tx, grads=G, params=W, state=None):
+    """The update of a first step."""
+    return jax.jit(tx.update)(grads, tx.init(params) if state is None else state, params)[0]
+
+
+def checked(**values):
+    """What `checkify` says of a jitted step whose hyper-parameters are traced."""
+
+    def body(values):
+        snr_adam.check_hyperparams(**values)
+        return 0
+
+    return checkify.checkify(jax.jit(body))({name: jnp.float32(x) for name, x in values.items()})[0].get()
+
+
+def checked_injection(learning_rate):
+    tx = optax.inject_hyperparams(adam)(0.1)
+    state = tx.init(W)
+    state.hyperparams["learning_rate"] = jnp.float32(learning_rate)
+
+    @jax.jit
+    def body(state):
+        snr_adam.check_hyperparams(**state.hyperparams)
+        return tx.update(G, state, W)
+
+    return checkify.checkify(body)(state)[0].get()
+
+
+def with_leaf(tree, leaf):
+    return {**tree, "layer": [tree["layer"][0], leaf]}
+
+
+def state_of(tx, params=W):
+    return tx.init(params)
+
+
+PASS, ORDER = "pass the gradients of the parameters", "update(grads, state, params)"
+A = adam(0.1)
+leaf = functools.partial(with_leaf, G)
+shape = functools.partial(Refused, ValueError, "gradient layer/1")
+no_moments = functools.partial(Refused, TypeError, do="leave it out of the trained parameters")
+
+TREES = {
+    "a missing key": (lambda: step(A, {"w": G["w"]}, None, state_of(A)), number("layer/0", "lack", ORDER)),
+    "an extra key": (lambda: step(A, {**G, "b": G["w"]}, None, state_of(A)), number("b", "have besides", ORDER)),
+    "a renamed key": (lambda: step(A, {"v": G["w"], "layer": G["layer"]}, W), number("lack w", "besides v", ORDER)),
+    "a longer list": (lambda: step(A, {**G, "layer": [*G["layer"], G["w"]]}, W), number("layer/2", "have", ORDER)),
+    "a tuple for a list": (lambda: step(A, {**G, "layer": tuple(G["layer"])}, W), number("moments", "[*, *]", ORDER)),
+    "parameters of another model": (lambda: step(A, G, {"x": W["w"]}, state_of(A)), number("parameters", "w", ORDER)),
+    "a state of another model": (lambda: step(A, G, W, state_of(A, {"x": W["w"]})), number("moments", "lack x", ORDER)),
+    "a state of another width": (
+        lambda: step(A, G, W, state_of(A, with_leaf(W, jnp.ones((4, 3))))),
+        shape("(2, 3) and dtype float32 but its moments have shape (4, 3)", PASS),
+    ),
+    "a gradient (1, 3) for (2, 3)": (lambda: step(A, leaf(jnp.ones((1, 3)))), shape("(1, 3)", PASS)),
+    "a gradient (3,) for (2, 3)": (lambda: step(A, leaf(jnp.ones(3))), shape("(3,)", PASS)),
+    "a scalar gradient for (2, 3)": (lambda: step(A, leaf(1.0)), shape("()", PASS)),
+    "a transposed gradient": (lambda: step(A, leaf(jnp.ones((3, 2)))), shape("(3, 2)", PASS)),
+    "a parameter that would broadcast": (
+        lambda: step(A, G, with_leaf(W, jnp.ones((1, 3))), state_of(A)),
+        shape("its parameter has shape (1, 3)", PASS),
+    ),
+    "an integer parameter": (lambda: A.init({"n": jnp.arange(3)}), no_moments("parameter n", "int32")),
+    "an integer gradient": (lambda: step(A, leaf(jnp.ones((2, 3), int)), W), no_moments("gradient layer/1", "int32")),
+    "a bool parameter": (lambda: A.init({"on": jnp.ones(3, bool)}), no_moments("parameter on", "bool")),
+    "a PRNG key": (lambda: A.init({"key": jax.random.key(0)}), no_moments("parameter key", "key<fry>")),
+    "a float0 gradient": (
+        lambda: A.update({"n": np.zeros(3, jax.dtypes.float0)}, state_of(A, {"n": jnp.ones(3)})),
+        no_moments("gradient n", "float0"),
+    ),
+    "a string": (lambda: A.init({"name": "layer"}), no_moments("parameter name", "type str")),
+    "a function of an Equinox model": (
+        lambda: A.init(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))),
+        no_moments("parameter activation", "custom_jvp"),
+    ),
+    "an array of objects": (lambda: A.init({"x": np.array([None])}), no_moments("parameter x", "object")),
+    "a gradient for a frozen parameter": (
+        lambda: step(A, {"w": G["w"], "f": G["w"]}, {"w": W["w"], "f": None}),
+        number("gradient f", "None", PASS),
+    ),
+    "a complex gradient": (lambda: step(A, leaf(jnp.ones((2, 3), complex))), shape("complex64", PASS)),
+    "update(grads, params, state)": (lambda: A.update(G, W, state_of(A)), kind("state", "dict", ORDER)),
+    "update(state, grads, params)": (lambda: A.update(state_of(A), G, W), kind("state", "dict", ORDER)),
+    "update(grads, params)": (lambda: scale_by_snr().update(G, W), kind("state", "dict", ORDER)),
+    "update(grads, state, state)": (lambda: A.update(G, state_of(A), state_of(A)), number("parameters", "w", ORDER)),
+    "no parameters for weight decay": (
+        lambda: adamw(0.1).update(G, adamw(0.1).init(W)),
+        number("weight decay", "params=None", ORDER),
+    ),
+    "no parameters for the remainder": (
+        lambda: snr_adam.carry_remainder(A).update(G, snr_adam.carry_remainder(A).init(W)),
+        number("carry_remainder", "params=None", ORDER),
+    ),
+    "a state of optax.adam": (
+        lambda: step(A, state=optax.adam(0.1).init(W)),
+        kind("state", "ScaleByAdamState", "from_o"),
+    ),
+    "a state of optax.sgd": (lambda: step(A, state=optax.sgd(0.1).init(W)), kind("state", "EmptyState", ORDER)),
+    "a state of adamw for adam": (lambda: step(A, state=adamw(0.1).init(W)), kind("state", "tuple", ORDER)),
+    "a state that came back as dicts": (
+        lambda: step(A, state=[{"count": 0, "mu": W, "nu": W}, None]),
+        kind("state", "list", "init(params) as its target"),
+    ),
+    "the state of a part in a preset": (lambda: step(A, state=scale_by_snr().init(W)), kind("state", "Sc", ORDER)),
+    "a packed state for float32": (
+        lambda: step(A, state=adam(0.1, storage="packed").init(W)),
+        number("moments", "its nu tuple", "another optimizer or storage"),
+    ),
+    "a packed state of one array for float32": (
+        lambda: step(A, G["w"], W["w"], adam(0.1, storage="packed").init(W["w"])),
+        number("the tree itself", "uint32, not ['float32', 'float32']", "an optimizer with the same options"),
+    ),
+    "a float32 state for packed": (
+        lambda: step(adam(0.1, storage="packed"), state=A.init(W)),
+        number("nu", "dict", "another optimizer or storage"),
+    ),
+    "a bfloat16 state for float32": (
+        lambda: step(A, state=adam(0.1, storage="bfloat16").init(W)),
+        number("gradient layer/0", "bfloat16, not ['float32', 'float32']", "an optimizer with the same options"),
+    ),
+    "moments of amsgrad for adam": (
+        lambda: step(A, state=snr_adam.amsgrad(0.1).init(W)),
+        number("moments", "AverageAndMaximum", "another optimizer or storage"),
+    ),
+    "a mask of another tree": (lambda: step(adamw(0.1, mask={"x": True})), number("mask", "{'x': *}", "no prefix")),
+    "learning rates of another tree": (
+        lambda: step(adam({"x": 0.1})),
+        number("learning_rate", "{'x': *}", "no prefix"),
+    ),
+    "a complex parameter, packed": (
+        lambda: adam(0.1, storage="packed").init(jnp.ones(2, complex)),
+        number("storage='packed'", "complex", "use storage='bfloat16'"),
+    ),
+    "shared axes out of range": (
+        lambda: scale_by_snr(noise=snr_adam.Shared(RMS(), 2)).init(W),
+        number("layer/0", "(2,)", "out of range"),
+    ),
+    "a tree with nothing in it": (lambda: step(A, {}, {}), lambda u: u == {}),
+    "None leaves": (lambda: step(A, {"w": None}, {"w": None}), lambda u: u == {"w": None}),
+}
+
+
+def last_update(*gradients, tx=None, dtype=jnp.float32):
+    """The update after single numbers as gradients, and the state."""
+    tx = tx or scale_by_snr()
+    state, update = tx.init(jnp.zeros((), dtype)), jax.jit(tx.update)
+    for g in gradients:
+        u, state = update(jnp.asarray(g, dtype), state, jnp.zeros((), dtype))
+    return float(u), state
+
+
+def recovers(tx, first, steps=400):
+    """Steps of one huge gradient and then ones: is the last update that of ones, and every number finite?"""
+    update = jax.jit(lambda state, g: tx.update(g, state, jnp.float32(0))[::-1])
+    state, _ = update(tx.init(jnp.float32(0)), jnp.float32(first))
+    state, us = jax.jit(lambda state: jax.lax.scan(update, state, jnp.ones(steps)))(state)
+    return float(us[-1]), all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state, us)))
+
+
+QUICK = functools.partial(scale_by_snr, EMA(0.5), RMS(0.7))
+
+
+def near_one(result):
+    return result[1] and abs(result[0] - 1) < 0.01
+
+
+VALUES = {
+    "1e15 has the ratio 1": (lambda: last_update(1e15)[0], lambda u: np.isclose(u, 1.0)),
+    "1e20 has the ratio 1": (lambda: last_update(1e20)[0], lambda u: np.isclose(u, 1.0)),
+    "-3e38 has the ratio -1": (lambda: last_update(-3e38)[0], lambda u: np.isclose(u, -1.0)),
+    "infinity is the limit of large": (lambda: last_update(np.inf)[0], lambda u: np.isclose(u, 1.0)),
+    "1e20 in packed storage": (lambda: last_update(1e20, tx=QUICK("packed"))[0], lambda u: abs(u - 1) < 0.01),
+    "1e20 is forgotten": (lambda: recovers(QUICK(), 1e20), near_one),
+    "infinity is forgotten": (lambda: recovers(QUICK(), np.inf), near_one),
+    "1e20 is forgotten, packed": (lambda: recovers(QUICK("packed"), 1e20), lambda r: r[1] and abs(r[0] - 1) < 0.1),
+    "1e20 is forgotten, bfloat16": (lambda: recovers(QUICK("bfloat16"), 1e20), lambda r: r[1] and abs(r[0] - 1) < 0.2),
+    "1e20 is forgotten, belief": (
+        lambda: recovers(scale_by_snr(EMA(0.5), snr_adam.Belief(0.7)), 1e20),
+        lambda r: r[1],
+    ),
+    "1e20 is forgotten, spread": (
+        lambda: recovers(snr_adam.centered_adam(1.0, 0.7), 1e20),
+        lambda r: r[1] and r[0] < -0.9,
+    ),
+    "1e20 is forgotten, deviation": (lambda: recovers(snr_adam.rmsprop(1.0, 0.7, centered=True), 1e20), lambda r: r[1]),
+    "1e20 in lion": (lambda: last_update(1e20, tx=snr_adam.lion(1.0))[0], lambda u: u == -1.0),
+    "1e20 shared over an axis": (
+        lambda: step(scale_by_snr(noise=snr_adam.Shared(RMS(), 0)), jnp.full(4096, 1e20), jnp.ones(4096)),
+        lambda u: np.allclose(u, 1.0),
+    ),
+    "1e30 complex": (
+        lambda: step(scale_by_snr(), jnp.asarray([1e30 + 1e30j]), jnp.ones(1, complex)),
+        lambda u: np.allclose(u, (1 + 1j) / 2**0.5),
+    ),
+    "1e300 in float64": (lambda: wide(lambda: last_update(1e300, dtype=jnp.float64)[0]), lambda u: np.isclose(u, 1.0)),
+    "NaN is loud": (lambda: last_update(np.nan)[0], np.isnan),
+    "1e-20 with eps 1e-8": (lambda: last_update(1e-20)[0], lambda u: np.isclose(u, 1e-12, atol=0)),
+    "1e-20 with eps 1e-30": (
+        lambda: last_update(1e-20, tx=scale_by_snr(noise=RMS(eps=1e-30)))[0],
+        lambda u: 0 < u <= 1,
+    ),
+    "a subnormal gradient": (lambda: last_update(1e-40, tx=scale_by_snr(noise=RMS(eps=0.0)))[0], lambda u: 0 <= u <= 1),
+    "zero with eps 0": (lambda: last_update(0.0, tx=scale_by_snr(noise=RMS(eps=0.0)))[0], lambda u: u == 0),
+    "silence until v is gone, eps 0": (
+        lambda: recovers_from_silence(scale_by_snr(EMA(0.9), RMS(0.9, eps=0.0))),
+        lambda r: r,
+    ),
+    "float16 overflow is loud": (lambda: np.float32(last_update(np.nan, dtype=jnp.float16)[0]), np.isnan),
+    "1e5 in a float16 moment": (
+        lambda: recovers(scale_by_snr(EMA(0.5), RMS(0.7), snr_adam.Cast(mu="float16")), 1e5),
+        lambda r: r[1] and abs(r[0] - 1) < 0.02,
+    ),
+    "guarded NaN": (lambda: guarded(np.nan), lambda r: r == (0.0, 1)),
+    "guarded infinity": (lambda: guarded(np.inf), lambda r: r == (0.0, 1)),
+    "guarded 1e20": (lambda: guarded(1e20), lambda r: np.isclose(r[0], 1.0) and r[1] == 0),
+    "guarded 3e38, clipped": (lambda: guarded(3e38, clip_norm=1.0), lambda r: np.isclose(r[0], 1.0) and r[1] == 0),
+}
+
+
+def wide(run):
+    with jax.enable_x64(True):
+        return run()
+
+
+def guarded(g, **options):
+    u, state = last_update(g, tx=guard(scale_by_snr(), **options))
+    return u, int(state.skipped)
+
+
+def recovers_from_silence(tx):
+    """One gradient, zeros until v has underflown, and one more: nothing is NaN or large."""
+    update = jax.jit(lambda state, g: tx.update(g, state)[::-1])
+    gradients = jnp.zeros(3000).at[0].set(1.0).at[-1].set(1e-3)
+    _, us = jax.lax.scan(update, tx.init(jnp.float32(0)), gradients)
+    return bool(np.all(np.isfinite(us)) and np.max(np.abs(us)) < 10)
+
+
+def out(tx, dtype, grad=None):
+    p = jnp.ones(3, dtype)
+    u, state = tx.update(jnp.ones(3, grad or dtype), tx.init(p), p)
+    return str(u.dtype), {str(x.dtype) for x in jax.tree.leaves((state[0].mu, state[0].nu))}
+
+
+def traces(calls):
+    """How often a step was traced over calls with these (params, grads)."""
+    tx, count = adam(0.1), []
+
+    @jax.jit
+    def run(params, state, grads):
+        count.append(1)
+        return tx.update(grads, state, params)
+
+    state = tx.init(calls[0][0])
+    for params, grads in calls:
+        _, state = run(params, state, grads)
+    return len(count)
+
+
+def changed_learning_rate():
+    tx = optax.inject_hyperparams(adamw)(0.1)
+    state, update = tx.init(W), jax.jit(tx.update)
+    for learning_rate in (0.1, 0.2, 0.3):
+        state.hyperparams["learning_rate"] = jnp.float32(learning_rate)
+        _, state = update(G, state, W)
+    return update._cache_size()
+
+
+DTYPES = {
+    "bfloat16": (lambda: out(A, "bfloat16"), lambda r: r == ("bfloat16", {"float32"})),
+    "float16": (lambda: out(A, "float16"), lambda r: r == ("float16", {"float32"})),
+    "complex64": (lambda: out(A, "complex64"), lambda r: r == ("complex64", {"complex64", "float32"})),
+    "float32 gradients of bfloat16": (lambda: out(A, "bfloat16", "float32"), lambda r: r == ("float32", {"float32"})),
+    "float64": (lambda: wide(lambda: out(A, "float64")), lambda r: r == ("float64", {"float64"})),
+    "float32 with 64 bits on": (lambda: wide(lambda: out(A, "float32")), lambda r: r == ("float32", {"float32"})),
+    "b2 near 1 in float64": (lambda: wide(lambda: adam(1e-3, b2=1 - 1e-12)), lambda tx: tx is not None),
+    "eps 1e-50 in float64": (lambda: wide(lambda: adam(1e-3, eps=1e-50)), lambda tx: tx is not None),
+    "b2 .999 for bfloat16 parameters": (
+        lambda: optax.inject_hyperparams(adam)(1e-3).init(jnp.ones(2, "bfloat16")).hyperparams["b2"],
+        lambda b2: b2 == np.float32(0.999),
+    ),
+}
+RECOMPILATION = {
+    "same shapes": (lambda: traces([(W, G)] * 3), lambda n: n == 1),
+    "NumPy gradients": (lambda: traces([(W, G), (W, jax.tree.map(np.asarray, G))]), lambda n: n == 1),
+    "Python numbers": (lambda: traces([({"w": 1.0}, {"w": 0.5})] * 3), lambda n: n == 1),
+    "an injected learning rate": (changed_learning_rate, lambda n: n == 1),
+    "a guard after bad steps": (lambda: guard_traces(), lambda n: n == 1),
+}
+
+
+def guard_traces():
+    tx = guard(adam(0.1), 1.0, 3)
+    state, update = tx.init(W), jax.jit(tx.update)
+    for scale in (1.0, jnp.nan, jnp.inf, 0.0):
+        _, state = update(jax.tree.map(lambda g, scale=scale: g * scale, G), state, W)
+    return update._cache_size()
+
+
+def sharded(tx, axis_type, state_too=True):
+    """The largest difference that sharding over eight devices makes to an update."""
+    split = NamedSharding(jax.make_mesh((8,), ("x",), axis_types=(axis_type,)), PartitionSpec("x"))
+    p, g = jnp.linspace(-1.0, 1.0, 64), jnp.sin(jnp.arange(64.0))
+    want = jax.jit(tx.update)(g, tx.init(p), p)[0]
+    with jax.set_mesh(split.mesh):
+        ps, gs = jax.device_put((p, g), split)
+        got, _ = jax.jit(tx.update)(gs, tx.init(ps) if state_too else jax.jit(tx.init)(ps), ps)
+    return float(np.max(np.abs(np.asarray(got) - np.asarray(want))))
+
+
+def uneven():
+    """A leaf that eight devices cannot share evenly is replicated, and gives the same numbers."""
+    split = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec())
+    p = jax.device_put(W, split)
+    return jax.tree.map(lambda x, y: np.array_equal(x, y), step(A, jax.device_put(G, split), p), step(A))
+
+
+SHARDING = {
+    "auto": (lambda: sharded(A, AxisType.Auto), lambda d: d == 0),
+    "explicit": (lambda: sharded(A, AxisType.Explicit), lambda d: d == 0),
+    "packed": (lambda: sharded(adam(0.1, storage="packed"), AxisType.Auto), lambda d: d == 0),
+    "a state made under jit": (lambda: sharded(A, AxisType.Auto, False), lambda d: d == 0),
+    "guarded and clipped": (lambda: sharded(guard(A, 0.5), AxisType.Auto), lambda d: d < 1e-6),
+    "replicated": (uneven, lambda same: jax.tree.all(same)),
+}
+
+
+def learns(tx):
+    """The distance to the bottom of a bowl after 60 steps of 0.1 from distance 2."""
+
+    def body(carry, _):
+        p, state = carry
+        u, state = tx.update(2 * p, state, p)
+        return (optax.apply_updates(p, u), state), None
+
+    p = jnp.float32(2.0)
+    return float(abs(jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), length=60)[0][0])(p)))
+
+
+def frozen(tx):
+    updates, _ = tx.update(G, tx.init(W), W)
+    return updates["w"], G["w"]
+
+
+COMPOSITION = {
+    "a foreign clip before": (lambda: learns(optax.chain(optax.clip(1.0), A)), lambda d: d < 0.5),
+    "guard outside a chain": (lambda: learns(guard(optax.chain(optax.clip(1.0), A))), lambda d: d < 0.5),
+    "guard inside a chain": (lambda: learns(optax.chain(optax.clip(1.0), guard(A, 1.0))), lambda d: d < 0.5),
+    "guard of a guard": (lambda: learns(guard(guard(A, 1.0), 1.0)), lambda d: d < 0.5),
+    "guard of an injected optimizer": (lambda: learns(guard(optax.inject_hyperparams(adam)(0.1))), lambda d: d < 0.5),
+    "an injected guard": (
+        lambda: learns(optax.inject_hyperparams(lambda rate, clip: guard(adam(rate), clip))(rate=0.1, clip=1.0)),
+        lambda d: d < 0.5,
+    ),
+    "guard of MultiSteps": (
+        lambda: learns(guard(optax.MultiSteps(adam(0.2), 2).gradient_transformation())),
+        lambda d: d < 0.6,
+    ),
+    "guard in carry_remainder": (lambda: learns(snr_adam.carry_remainder(guard(A, 1.0))), lambda d: d < 0.5),
+    "masked leaves pass through": (
+        lambda: frozen(optax.masked(A, {"w": False, "layer": True})),
+        lambda pair: np.array_equal(*pair),
+    ),
+    "partition with a typo": (
+        lambda: optax.partition({"train": A}, {"w": "trian", "layer": "train"}).init(W),
+        number("trian", "Parameter labels", "Transforms keys"),
+    ),
+    "no guard in the state": (lambda: snr_adam.health(A.init(W), W), number("GuardState", "found 0", "pass the guard")),
+    "two guards in the state": (
+        lambda: snr_adam.health(optax.chain(guard(A), guard(A)).init(W), W),
+        number("GuardState", "found 2", "pass the guard"),
+    ),
+}
+MISTAKES = {
+    "a state used twice is not changed": (lambda: used_twice(), lambda same: same),
+    "the learning rate is not forgotten": (lambda: step(adam(0.5))["w"], lambda u: np.allclose(abs(u), 0.5)),
+    "updates are added, so they descend": (lambda: step(A)["w"] * G["w"], lambda x: np.all(x < 0)),
+    "weight decay acts without a gradient": (
+        lambda: step(adamw(0.1, weight_decay=0.5), jax.tree.map(jnp.zeros_like, G))["w"],
+        lambda u: np.allclose(u, -0.05 * W["w"]),
+    ),
+    "a mask that is a function": (
+        lambda: step(adamw(0.1, weight_decay=9.0, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
+    "eager is jitted, to rounding": (
+        lambda: A.update(G, A.init(W), W)[0]["w"] - step(A)["w"],
+        lambda d: np.allclose(d, 0),
+    ),
+}
+
+
+def used_twice():
+    state = A.init(W)
+    return np.array_equal(A.update(G, state, W)[0]["w"], A.update(G, state, W)[0]["w"])
+
+
+AREAS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "hyper-parameters": HYPERPARAMETERS,
+    "trees": TREES,
+    "gradient values": VALUES,
+    "dtypes": DTYPES,
+    "recompilation": RECOMPILATION,
+    "sharding": SHARDING,
+    "composition": COMPOSITION,
+    "mistakes": MISTAKES,
+}
+ROWS = {f"{area}: {name}": row for area, rows in AREAS.items() for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row(name):
+    run, expected = ROWS[name]
+    if not isinstance(expected, Refused):
+        result = run()
+        assert expected(result), result
+        return
+    with pytest.raises(expected.error) as caught:
+        run()
+    for text in (expected.where, expected.got, expected.do):
+        assert text in str(caught.value)
+
+
+def test_the_table_is_long():
+    assert len(ROWS) >= 90
+    assert sum(isinstance(expected, Refused) for _, expected in ROWS.values()) >= 60
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "lamb", "adopt"])
+def test_checks_of_trees_are_not_in_the_program(name):
+    """Checking costs nothing at run time: no callback, no assertion, and no branch in the compiled step."""
+    tx = getattr(snr_adam, name)(0.1)
+    text = jax.jit(tx.update).lower(G, tx.init(W), W).as_text()
+    assert not any(word in text for word in ("callback", "custom_call", "assert", "stablehlo.case", "stablehlo.if"))
