@@ -107,8 +107,8 @@ def mean_onto(v, x: jax.Array) -> jax.Array:
 
 
 def largest(dtype) -> float:
-    """The largest gradient that is told from larger ones: 2^62 = 4.6e18; float64: 2^510. Its square is finite, with room
-    for the sum of a few."""
+    """The largest gradient that is told from larger ones: 2^62 = 4.6e18; float64: 2^510. A few of its squares can be
+    summed."""
     return 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 2)
 
 

@@ -153,7 +153,9 @@ def test_no_two_of_many_small_states_collide():
     assert np.all(abs(ones - 0.5) < 0.03)
 
 
-@pytest.mark.parametrize("leaf", ["a string", object(), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "leaf", ["a string", object(), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=["str", "object", "abstract"]
+)
 def test_a_leaf_without_bits_is_named(leaf):
     with pytest.raises(TypeError, match=r"leaf layer/0 is a (str|object|ShapeDtypeStruct), which has no bits"):
         digest({"layer": [leaf]})
