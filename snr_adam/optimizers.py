@@ -146,8 +146,7 @@ def adam(
 
     Args:
       learning_rate: alpha, in units of the parameters per step. A float, a scalar array, a schedule (a function of the
-      number of
-        steps taken so far), or a tree of these that is a prefix of the parameters.
+        number of steps taken so far), or a tree of these that is a prefix of the parameters.
       b1: decay of the signal, in [0, 1). It averages over about 1 / (1 - b1) gradients.
       b2: decay of the noise, in [0, 1).
       eps: added to the noise, in units of the gradient.

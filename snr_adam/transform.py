@@ -276,13 +276,13 @@ def descend(
 
     Args:
       learning_rate: alpha. A float, a scalar array, a schedule of the number of steps taken, or a tree of these that
-      is a
-        prefix of the parameters.
+        is a prefix of the parameters.
       signal: a numerator of `snr_adam.signal`.
       noise: a denominator of `snr_adam.noise`.
       weight_decay: lambda, decoupled from signal and noise (Loshchilov & Hutter 2019). A float, a scalar array or a
-      schedule. mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from
-      them to one. trust_ratio: scales each parameter's step to |p| (LAMB).
+        schedule.
+      mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from them to one.
+      trust_ratio: scales each parameter's step to |p| (LAMB).
       storage: how the moments rest between steps.
 
     Returns:

@@ -42,6 +42,8 @@ RUNS = {
     ),
     "guarded": ("float32", lambda: snr_adam.guard(snr_adam.adamw(SCHEDULE, storage="packed"), clip_norm=1.0)),
     "guarded, of Optax": ("float32", lambda: snr_adam.guard(optax.adamw(SCHEDULE), max_consecutive=3)),
+    "observed": ("float32", lambda: snr_adam.observe(snr_adam.adamw(SCHEDULE, storage="packed"))),
+    "observed, of Optax": ("float32", lambda: snr_adam.observe(optax.adamw(SCHEDULE), every=3)),
     "injected": ("float32", lambda: optax.inject_hyperparams(snr_adam.adamw)(SCHEDULE, storage="packed")),
     "clipped": ("float32", lambda: optax.chain(optax.clip_by_global_norm(1.0), snr_adam.adamw(0.1, storage="packed"))),
 }
