@@ -7,9 +7,9 @@ its verdict enters the step as two scalars: whether to take it, and what to mult
     taken = no g is NaN or infinite                    a bad step changes nothing but the guard's own counters
     g := g min(1, clip_norm / sqrt(S))                 clipping by the global norm (Pascanu et al. 2013)
 
-S is the sum for gradients cut off at +-2^62 = 4.6e18 (`_numerics.saturate`), as the step will see them, and summed in
-units of 2^14. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
-sum serves for both. The norm of gradients that are all under 2^-49 = 1.8e-15 is 0.
+S is the sum for gradients cut off at +-2^56 = 7.2e16 (`_numerics.saturate`), as the step will see them, and summed in
+units of 2^8. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
+sum serves for both. The norm of gradients that are all under 2^-55 = 2.8e-17 is 0.
 
 For an optimizer of this package the verdict is carried into the step: it keeps its old moments, computes the update
 from what it kept, and reads nothing twice. Any other optimizer takes its step, and the guard puts the old state back.
@@ -60,7 +60,7 @@ def _look(leaves: list) -> _Look:
     for g in gs:
         # else leaves of one shape would share their broadcast limit, and look and step the widened gradient: as arrays
         g, one = jax.lax.optimization_barrier((g, one))
-        squares.append(jnp.zeros((), dtype) if g is None else _square(g, one).astype(dtype))
+        squares.append(jnp.zeros((), dtype) if g is None else _square(g, one, dtype))
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
@@ -74,21 +74,22 @@ def _is_real(g) -> bool:
 
 def _unit(dtype) -> float:
     """What gradients are measured in before they are squared, so that 2^31 squares of the largest have a finite sum."""
-    return 2.0 ** (jnp.finfo(dtype).maxexp // 8 - 2)
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 16)
 
 
-def _square(g, one):
-    """|g|^2 of a whole leaf, cut off, in units: finite if all of g is, else NaN.
+def _square(g, one, dtype):
+    """|g|^2 of a whole leaf, cut off, in the units of `dtype`: finite if all of g is, else NaN.
 
     g - g is 0, or NaN where g is not finite. XLA's reductions on a CPU take in arithmetic and min, but no select and no
     clamp: those would first write an array as large as the leaf.
     """
     if jnp.iscomplexobj(g):
-        return _square(g.real, one) + _square(g.imag, one)
+        return _square(g.real, one, dtype) + _square(g.imag, one, dtype)
     g = _widen(g)
-    x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one.astype(g.dtype)) + (g - g)
-    x = x * (1 / _unit(g.dtype))
-    return jnp.sum(x * x)
+    one = one.astype(g.dtype)
+    x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one) + (g - g)
+    x = x * (one / _unit(g.dtype))
+    return jnp.sum(x * x).astype(dtype) * (_unit(g.dtype) / _unit(dtype)) ** 2
 
 
 def _widen(g):
