@@ -31,8 +31,9 @@ import jax
 import numpy as np
 
 from snr_adam import moments
+from snr_adam.averages import WINDOW, solve
 from snr_adam.noise_scale import NoiseScale, from_scalars
-from snr_adam.telemetry import WINDOW, ObserveState, solve
+from snr_adam.telemetry import ObserveState
 
 _TINY = np.finfo(float).tiny
 _SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "significant", "effective_step", "gradient_norm")

@@ -51,70 +51,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snr_adam import _tree
-from snr_adam._numerics import abs_sq, compute_dtype
+from snr_adam import _tree, averages, sums
+from snr_adam._numerics import abs_sq
+from snr_adam.averages import Detail, Moving, Recursion, Weights
 from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
-WINDOW = 80
-"""Averages over observed steps are plain means of the first 80 and forget at that rate from then on: long enough for
-noise scales, short enough to follow a loss that falls (`tests/test_examples.py` compares both with the exact value)."""
 _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
-_LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
-_BEND = 2.42  # see _level
-
-
-@_tree.exportable
-class Moving(NamedTuple):
-    """Averages over observed steps, each float32 of shape (L + 1,): one per leaf or slice, the last for all together.
-
-    gradient_sq, persistent: A and L. aa, ax, xx: the variances and the covariance of A_t and L_t in units of the A of
-    their time, which the standard error is made of (after West 1979, so that nothing cancels).
-    """
-
-    gradient_sq: Any
-    persistent: Any
-    aa: Any
-    ax: Any
-    xx: Any
-
-
-@_tree.exportable
-class Recursion(NamedTuple):
-    """Averages that give the decay and gain of x_t = decay x_{t-1} + gain y_t by least squares, float32 (L,) each."""
-
-    old_old: Any
-    old_in: Any
-    in_in: Any
-    new_old: Any
-    new_in: Any
-    new_new: Any
-
-
-@_tree.exportable
-class Weights(NamedTuple):
-    """The sum of the weights of past gradients in the first moment, of their squares, and of those in the second."""
-
-    first: Any
-    square: Any
-    second: Any
-
-
-@_tree.exportable
-class Detail(NamedTuple):
-    """Sums over the elements of each leaf or slice when it was last examined, float32 (L,) each.
-
-    first, second: |m|^2 and the sum of v. update, param: of the squares of the update and of the parameter.
-    significant: how many of the `counted` elements, those with a gradient and a v, have an |m| that noise alone would
-    exceed in 5 % of cases.
-    """
-
-    first: Any
-    second: Any
-    update: Any
-    param: Any
-    significant: Any
-    counted: Any
 
 
 @_tree.exportable
@@ -167,146 +110,8 @@ def _observed(tree, found, rule) -> list[_Leaf]:
     return leaves
 
 
-def _wide(x):
-    """A leaf as numbers to compute with."""
-    x = _tree.as_array(x)
-    return x if jnp.iscomplexobj(x) else x.astype(compute_dtype(x))
-
-
-def _inner(x, y):
-    """Re(conj(x) y), element by element."""
-    return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-
-
-def _sum(x, axis):
-    """The sum over all axes but this one, as a float32 vector."""
-    keep = () if axis is None else (axis,)
-    total = jnp.sum(x, tuple(i for i in range(x.ndim) if i not in keep)).astype(jnp.float32)
-    return _whole(total if keep else total[None])
-
-
-def _whole(x):
-    """The same on every device, where an explicit mesh shards it."""
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, jax.P()) if any(part is not None for part in spec) else x
-
-
-def _sums(xs, axis):
-    """`_sum` of several arrays of one shape, in one pass: what they share is computed once and stored nowhere."""
-    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
-    xs = [x[None] if x.ndim == 0 else x for x in xs]
-    last = xs[0].ndim - 1
-    rows = np.gcd(xs[0].shape[0], 4096) if last == 0 and axis is None else 1
-    if rows > 1 and jax.typeof(xs[0]).sharding.spec[0] is None:  # in rows, to sum them side by side
-        xs, last = [x.reshape(rows, -1) for x in xs], 1
-    over = (last,) if axis != last else tuple(range(last))
-    sums = jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, over) if over else tuple(xs)
-    return [_sum(x, axis if over == (last,) else 0) for x in sums]
-
-
-def _sums_apart(xs, axis):
-    """The same in one pass each."""
-    return [_sum(x, axis) for x in xs]
-
-
-def _add(xs, ys):
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
-
-
-def _join(parts, number: int):
-    """One vector of the leaves' vectors."""
-    return jnp.concatenate(parts) if parts else jnp.zeros(number, jnp.float32)
-
-
-def _with_total(x):
-    return jnp.concatenate([x, jnp.sum(x, keepdims=True)])
-
-
-def solve(r: Recursion, one):
-    """Decay and gain of a recursion: least squares, drawn weakly to gain + one decay = 1 and to decay = .9.
-
-    One element has one equation per step, and a constant gradient the same one again and again: hence the priors. An
-    average has `one` = 1, a sum 0.
-    """
-    prior = jnp.minimum(1e-4, 1e-3 * r.old_old + 1e-9)  # weak also where a clip leaves little of the gradients
-    guess = 1e-4 * prior
-    a, b, n = r.old_old + (prior * one + guess), r.old_in + prior * one, r.in_in + prior
-    e, f = r.new_old + (prior * one + 0.9 * guess), r.new_in + prior
-    scale = 1 / (a * n - b * b)
-    return jnp.clip((e * n - f * b) * scale, 0.0, 1 - 1e-7), jnp.maximum((f * a - e * b) * scale, 0.0)
-
-
-def _learn(r: Recursion, new: Recursion, power, gain) -> Recursion:
-    """The averages with one more step, in units of the gradient's power; a leaf without gradient learns nothing."""
-    seen = power > 0
-    scale = jnp.where(seen, 1 / jnp.where(seen, power, 1.0), 0.0)
-    return jax.tree.map(lambda old, x: jnp.where(seen, old + gain * (x * scale - old), old), r, new)
-
-
-def _advance(w: Weights, first, second, start) -> Weights:
-    """The weights after one more gradient. A moment that is there at the very start counts as having all of its."""
-    (d, c), (d2, c2), (is_first, m, v) = first, second, start
-
-    def begin(x, full, there):
-        return jnp.where(is_first & (there > 0), full, x)
-
-    one, sq, two = w
-    one, sq = begin(one, c / (1 - d), m), begin(sq, c * c / (1 - d * d), m)
-    two = begin(two, c2 / (1 - d2), v)
-    return Weights(d * one + c, d * d * sq + c * c, d2 * two + c2)
-
-
-def _average(state: ObserveState, power, persistent):
-    """Moving averages with one more step, unless it was not finite."""
-    n = state.seen.astype(jnp.float32)
-    gain = jnp.maximum(1 / (n + 1), 1 / WINDOW)
-    a, x = _with_total(power), _with_total(persistent)
-    old = state.moving
-    da, dx = a - old.gradient_sq, x - old.persistent
-    mean = old.gradient_sq + gain * da
-    scale = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
-    ra, rx = da * scale, dx * scale
-    spreads = zip(old[2:], (ra * ra, ra * rx, rx * rx), strict=True)
-    new = Moving(mean, old.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads))
-    usable = (state.count > 0) & jnp.isfinite(a[-1]) & jnp.isfinite(x[-1])
-    square = (1 - gain) ** 2 * state.square + gain**2
-    new = (new, square, state.seen + 1)
-    return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, (old, state.square, state.seen))
-
-
-def _examine(state: ObserveState, sums):
-    """Details and recursions from the sums over one step's elements."""
-    gg, mm, mg, m1m, m1g, m1m1, v, v1, p, u, significant, counted = sums
-    usable = jnp.isfinite(jnp.sum(gg) + jnp.sum(m1m1) + jnp.sum(v1))
-    n = state.examined.astype(jnp.float32)
-    fast, slow = jnp.maximum(1 / (n + 1), 0.5), jnp.maximum(1 / (n + 1), 0.1)
-    seen = jnp.where(gg > 0, 1 / jnp.where(gg > 0, gg, 1.0), 0.0)
-    w, w1 = v * seen, v1 * seen
-    new = (
-        _learn(state.first, Recursion(mm, mg, gg, m1m, m1g, m1m1), gg, fast),
-        _learn(state.second, Recursion(w * w, w, gg * seen, w1 * w, w1, w1 * w1), (gg > 0).astype(gg.dtype), slow),
-        Detail(mm, v, u, p, significant, counted),
-        state.examined + 1,
-    )
-    old = (state.first, state.second, state.detail, state.examined)
-    return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
-
-
-def _level(first, second, weights: Weights):
-    """The square of m^ / (rho v^)^(1/2) that noise exceeds in 5 % of cases: 3.84, less what v^ owes to m^ itself.
-
-    Of v^, a share kappa moves with m^^2, which calls for 3.84 / (1 + 2.84 kappa). The rest of its variance, 2 rho_v -
-    2 kappa^2, widens the tail: by half the curvature of the normal tail over its slope there, 1.21.
-    """
-    (d, _), (_, gain) = first, second
-    newest = jnp.clip(gain / jnp.where(weights.second > 0, weights.second, 1.0), 0.0, 1.0)
-    kappa = newest * (1 - d * d) / (1 - (1 - newest) * d * d)
-    rest = newest / (2 - newest) - kappa * kappa
-    return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
-
-
 def _elements(g, old, new, p, u, least, leaf: _Leaf):
-    """The sums over the elements of one leaf that `_examine` takes."""
+    """The sums over the elements of one leaf that `examine` takes."""
 
     def along(x):
         shape = [1] * g.ndim
@@ -320,10 +125,23 @@ def _elements(g, old, new, p, u, least, leaf: _Leaf):
         counted = (abs_sq(g) > 0) & (v > 0)
         hits = counted & (abs_sq(m) > along(least) * v)
     v, v1 = (jnp.zeros((), jnp.float32) if x is None else x for x in (v, v1))
-    p = jnp.nan if p is None else abs_sq(_wide(p))
-    u = abs_sq(_wide(u))
-    each = [abs_sq(g), abs_sq(m), _inner(m, g), _inner(m1, m), _inner(m1, g), abs_sq(m1), v, v1, p, u, hits, counted]
-    return _sums([jnp.asarray(x) for x in each], leaf.axis)
+    p = jnp.nan if p is None else abs_sq(sums.wide(p))
+    u = abs_sq(sums.wide(u))
+    each = [
+        abs_sq(g),
+        abs_sq(m),
+        sums.inner(m, g),
+        sums.inner(m1, m),
+        sums.inner(m1, g),
+        abs_sq(m1),
+        v,
+        v1,
+        p,
+        u,
+        hits,
+        counted,
+    ]
+    return sums.together([jnp.asarray(x) for x in each], leaf.axis)
 
 
 def _ones(observed, found):
@@ -435,30 +253,30 @@ def observe(
             before: list[Any] = find(state.inner, outer, leaves)
             power, product = [], []
             for leaf in observed:
-                g, (m, _) = _wide(leaves[leaf.number]), before[leaf.number].read()
+                g, (m, _) = sums.wide(leaves[leaf.number]), before[leaf.number].read()
                 # two vectorised passes are faster, but would store what a word decodes to
-                sums = _sums if before[leaf.number].is_packed else _sums_apart
-                a, x = sums([abs_sq(g), _inner(m, g)], leaf.axis)
+                add_up = sums.together if before[leaf.number].is_packed else sums.apart
+                a, x = add_up([abs_sq(g), sums.inner(m, g)], leaf.axis)
                 power.append(a)
                 product.append(x)
             total = state.weights.first
-            product = _join(product, 0) / jnp.where(total > 0, total, 1.0)
-            return _average(state, _join(power, 0), product)
+            product = sums.join(product, 0) / jnp.where(total > 0, total, 1.0)
+            return averages.average(state, sums.join(power, 0), product)
 
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
             us = outer.flatten_up_to(us)
             before: list[Any] = find(state.inner, outer, leaves)
             after: list[Any] = find(inner, outer, leaves)
-            learnt = solve(state.first, ones), solve(state.second, 1.0)
-            least = _level(*learnt, state.weights) * state.weights.square / state.weights.second
+            learnt = averages.solve(state.first, ones), averages.solve(state.second, 1.0)
+            least = averages.level(*learnt, state.weights) * state.weights.square / state.weights.second
             rows = []
             for leaf in observed:
                 i = leaf.number
                 moments = before[i].read(), after[i].read()
-                rows.append(_elements(_wide(leaves[i]), *moments, ps[i], us[i], least, leaf))
+                rows.append(_elements(sums.wide(leaves[i]), *moments, ps[i], us[i], least, leaf))
             columns = zip(*rows, strict=True) if rows else [[]] * 12
-            return _examine(state, [_join(list(column), 0) for column in columns])
+            return averages.examine(state, [sums.join(list(column), 0) for column in columns])
 
         t = optax.safe_increment(state.count)
         due = (state.count % every == 0) | (state.count < _EARLY)
@@ -469,7 +287,7 @@ def observe(
         rare = due & (state.seen % stride == 0)
         (first, second, detail, examined), other = _before_the_step(rare, examine, old, t)
         start = state.count == 0, detail.first, detail.second
-        weights = _advance(state.weights, solve(first, ones), solve(second, 1.0), start)
+        weights = averages.advance(state.weights, averages.solve(first, ones), averages.solve(second, 1.0), start)
         new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
 
         gs = leaves

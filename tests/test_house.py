@@ -14,7 +14,7 @@ LAYERS = (
     {"_numerics", "_tree"},
     {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
-    {"noise_scale", "moments"},
+    {"noise_scale", "moments", "averages", "sums"},
     {
         "precision",
         "telemetry",
