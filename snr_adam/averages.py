@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from snr_adam import _tree
 
 WINDOW = 80
-"""Averages over observed steps are plain means of the first 80 and forget at that rate from then on: long enough for
-noise scales, short enough to follow a loss that falls (`tests/test_examples.py` compares both with the exact value)."""
+"""Averages over observed steps forget at this rate: long enough for noise scales, short enough to follow a loss that
+falls (`tests/test_examples.py` compares them with the exact value)."""
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
 _BEND = 2.42  # see level
 
@@ -111,10 +111,19 @@ def advance(w: Weights, first, second, start) -> Weights:
     return Weights(d * one + c, d * d * sq + c * c, d2 * two + c2)
 
 
+def newest_weight(seen, largest=max):
+    """The weight of the newest of so many observations in the averages: 2 / (n + 1), then that of a window.
+
+    While the window fills, weights grow in proportion to n, so that the large gradients of the very first steps, a
+    hundred times the power of later ones, are soon forgotten; a plain mean would keep them.
+    """
+    return largest(2 / (seen + 1), 1 / WINDOW)
+
+
 def average(state, power, persistent):
     """Moving averages with one more step, unless it was not finite."""
     n = state.seen.astype(jnp.float32)
-    gain = jnp.maximum(1 / (n + 1), 1 / WINDOW)
+    gain = newest_weight(n + 1, jnp.maximum)
     a, x = _with_total(power), _with_total(persistent)
     old = state.moving
     da, dx = a - old.gradient_sq, x - old.persistent

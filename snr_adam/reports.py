@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from snr_adam import moments
-from snr_adam.averages import WINDOW, solve
+from snr_adam.averages import newest_weight, solve
 from snr_adam.noise_scale import NoiseScale, from_scalars
 from snr_adam.telemetry import ObserveState
 
@@ -271,7 +271,7 @@ def _read(state: ObserveState):
         left += decay**2 * first.old_old + 2 * decay * gain * first.old_in + gain**2 * first.in_in
         strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
         by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
-        forgets = 1 - 1 / min(max(seen, 2), WINDOW)
+        forgets = 1 - newest_weight(max(seen, 1))
         rhos, decays, newest = [
             np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
             for x in (rho, decay, np.where(weights[0] > 0, gain / weights[0], 0.0))
