@@ -53,7 +53,7 @@ def markdown(rows: Iterable[dict], columns: dict[str, str]) -> str:
 
 
 class Worker:
-    """A contender's process, seen from the parent. `facts` is its first answer, {"error": why} if it cannot run."""
+    """A contender's process, seen from the parent. Its first answer is {}, or {"error": why} if it cannot run."""
 
     def __init__(self, arguments: Sequence[str]):
         self._process = subprocess.Popen(
@@ -72,17 +72,23 @@ class Worker:
         self._process.communicate()
 
 
-def serve(set_up: Callable[[], tuple[dict, Callable[[str], Any]]]) -> None:
-    """The contender's side: `set_up` gives facts and a function from questions to answers."""
-    try:
-        facts, respond = set_up()
-    except Exception as error:  # the table says so and goes on without
-        traceback.print_exc()
-        print(json.dumps({"error": f"not measured: {str(error).splitlines()[0]}"}), flush=True)
+def serve(set_up: Callable[[], Callable[[str], Any]]) -> None:
+    """The contender's side: `set_up` gives a function from questions to answers."""
+
+    def answer(do: Callable, *arguments):
+        try:
+            return do(*arguments)
+        except Exception as error:  # the table says so and goes on without
+            traceback.print_exc()
+            return {"error": f"not measured: {(str(error) or type(error).__name__).splitlines()[0]}"}
+
+    ready = answer(set_up)
+    if isinstance(ready, dict):
+        print(json.dumps(ready), flush=True)
         return
-    print(json.dumps(facts), flush=True)
+    print(json.dumps({}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(respond(line.strip())), flush=True)
+        print(json.dumps(answer(ready, line.strip())), flush=True)
 
 
 def take_turns(workers: dict[str, Worker], question: str, rounds: int) -> dict[str, list]:

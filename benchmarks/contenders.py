@@ -10,6 +10,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from common import serve
 from kernels import launches
@@ -59,16 +60,20 @@ class Step:
     def __init__(self, name: str, shapes, dtype: str):
         self.tx = OPTIMIZERS[name]()
         self.count = sum(map(math.prod, shapes))
-        keys = iter(jax.random.split(jax.random.key(0), 2 * len(shapes)))
-        draw = jax.jit(lambda key, shape, by: (jax.random.normal(key, shape) * by).astype(dtype), static_argnums=1)
-        self.params = {str(i): draw(next(keys), shape, 0.1) for i, shape in enumerate(shapes)}
-        self.grads = {str(i): draw(next(keys), shape, 0.01) for i, shape in enumerate(shapes)}
+        rng = np.random.default_rng(0)
+
+        def draw(by):  # by NumPy: nothing to compile for many shapes
+            normal = (rng.standard_normal(shape, np.float32) for shape in shapes)
+            return {str(i): jnp.asarray(x * np.float32(by), dtype) for i, x in enumerate(normal)}
+
+        self.params, self.grads = draw(0.1), draw(0.01)
         self.state = self.tx.init(self.params)
         if isinstance(self.state, snr_adam.ObserveState):  # long after the start, when examinations are rarest
             self.state = self.state._replace(count=jnp.int32(5120), seen=jnp.int32(512))
-        self.build()
 
     def build(self) -> dict:
+        """Seconds of each stage, and what XLA says of the result."""
+
         def step(params, state, grads):  # donated arguments and results in one order: XLA pairs buffers by position
             updates, state = self.tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
@@ -84,7 +89,7 @@ class Step:
         self.run(1)
         marks.append(time.perf_counter())
         took = [b - a for a, b in itertools.pairwise(marks)]
-        return dict(zip(("trace_s", "lower_s", "compile_s", "first_step_s"), took, strict=True))
+        return dict(zip(("trace_s", "lower_s", "compile_s", "first_step_s"), took, strict=True)) | self.facts()
 
     def run(self, n: int) -> None:
         for _ in range(n):
@@ -115,7 +120,12 @@ class Copy(Step):
             return params ^ words.astype(bits), words
 
         self.params, self.state, self.grads = (jnp.full(self.count, 1, kind) for kind in (bits, jnp.uint32, bits))
-        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads).compile()
+        self.lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads)
+
+    def build(self) -> dict:
+        self.compiled = self.lowered.compile()
+        self.run(1)
+        return self.facts()
 
 
 class Torch:
@@ -138,19 +148,19 @@ class Torch:
             self.optimizer.step()
         self.wait()
 
-    def facts(self) -> dict:
+    def build(self) -> dict:
+        self.run(1)
         return {"bytes_state": 2.0 * self.params[0].element_size()}
 
 
 def work(name: str, tree: str, dtype: str) -> None:
-    """A contender's process: takes as many steps as it is asked for and answers with seconds, or builds anew."""
+    """A contender's process: asked to "build" it does and says what came of it; asked for n steps, the seconds."""
 
     def set_up():
         shapes, kind = tree_shapes(tree), name.removesuffix(", flat")
         shapes = [(math.prod(shape),) for shape in shapes] if kind != name else shapes
         others = {"copy": Copy, "torch.AdamW fused": Torch}
         contender = others[kind](shapes, dtype) if kind in others else Step(kind, shapes, dtype)
-        contender.run(1)
 
         def respond(question: str):
             if question == "build":
@@ -161,7 +171,7 @@ def work(name: str, tree: str, dtype: str) -> None:
             contender.run(int(question))
             return time.perf_counter() - start
 
-        return contender.facts(), respond
+        return respond
 
     serve(set_up)
 

@@ -2,8 +2,8 @@
 
     python3 benchmarks/gpu.py        prints a Markdown table, writes benchmarks/results/gpu-DEVICE.json
 
-Needs Python with JAX for CUDA and Optax; the package is taken from this checkout, and nothing from the network. torch with
-CUDA is one more contender where it is installed. One leaf of 2.5e8 and of 1e9 parameters, and the leaves of GPT-2;
+Needs Python with JAX for CUDA and Optax; the package is taken from this checkout, and nothing from the network. torch
+with CUDA is one more contender where it is installed. One leaf of 2.5e8 and of 1e9 parameters, and the leaves of GPT-2;
 parameters and gradients float32 and bfloat16. Each contender takes turns with `optax.adamw` alone, so that any two have
 room, and is divided by it (`step.py`). `launches` are the kernels in the compiled program's text; one per leaf is the
 aim. `--allow-cpu` runs it without a GPU, to see that it works; its numbers say nothing.
@@ -22,7 +22,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes
 
 import jax  # noqa: E402
 from common import RESULTS, markdown, save  # noqa: E402
-from step import COLUMNS, Table, against, measure  # noqa: E402
+from step import COLUMNS, Table, against, measure, of_copy  # noqa: E402
 
 CONTENDERS = against(
     "optax.adamw",
@@ -53,7 +53,7 @@ def main() -> None:
     rows = []
     for tree in args.trees:
         for dtype in args.dtypes:
-            rows += measure(table, tree, dtype, together=False)
+            rows += of_copy(measure(table, tree, dtype, together=False))
             name = re.sub(r"\W+", "-", device.device_kind).strip("-").lower()
             save(args.results / f"gpu-{name}.json", rows, device=device.device_kind)  # after each: it may be cut off
     print(markdown(rows, COLUMNS))

@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import RESULTS, Worker, markdown, save, take_turns
-from contenders import OPTIMIZERS, PRESETS
+from contenders import PRESETS
 from trees import tree_shapes
 
 CONTENDERS = str(Path(__file__).parent / "contenders.py")
 
 
 class Table(NamedTuple):
-    """contenders: each with the one that its time is divided by. steps: in a round, None for about 0.25 s."""
+    """contenders: each with the one that its time is divided by. steps: in a round, None for about 0.1 s."""
 
     contenders: dict[str, str]
     trees: list[str]
     dtypes: list[str]
-    rounds: int = 25
+    rounds: int = 20
     steps: int | None = None
     mean: bool = False
 
@@ -95,37 +95,44 @@ def fit_together(number: int, count: int, dtype: str) -> bool:
     return needed < 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def measure(table: Table, tree: str, dtype: str, builds: int = 0, together: bool = True) -> list[dict]:
+def measure(table: Table, tree: str, dtype: str, builds: int = 1, together: bool = True) -> list[dict]:
     """All contenders in one run; where they have no room together, each with its base alone."""
     count = sum(map(math.prod, tree_shapes(tree)))
     names = list(table.contenders)
     if len(names) > 2 and not (together and fit_together(len(names), count, dtype)):
         pairs = [dict.fromkeys((base, name), base) for name, base in table.contenders.items() if name != base]
         rows = [row for pair in pairs for row in measure(table._replace(contenders=pair), tree, dtype, builds)]
-        return list({row["contender"]: row for row in reversed(rows)}.values())[::-1]
+        first = {row["contender"]: row for row in reversed(rows)}
+        return [first[name] for name in names]
     arguments = [[CONTENDERS, name, tree, dtype] for name in names]
     workers = {name: Worker(a) for name, a in zip(names, arguments, strict=True)}  # they set up side by side
-    facts = {name: worker.answer() for name, worker in workers.items()}
-    able = {name: worker for name, worker in workers.items() if "error" not in facts[name]}
-    built = take_turns({n: w for n, w in able.items() if n in OPTIMIZERS}, "build", builds)
-    steps = table.steps or max(4, min(2000, int(1.5e8 / count)))
+    said = {name: [worker.answer()] for name, worker in workers.items()}
+    able = {name: worker for name, worker in workers.items() if "error" not in said[name][0]}
+    said |= take_turns(able, "build", builds)
+    able = {name: worker for name, worker in able.items() if "error" not in said[name][0]}
+    steps = table.steps or max(4, min(2000, int(7e7 / count)))
     times = take_turns(able, str(steps), table.rounds)
     for worker in workers.values():
         worker.close()
     rows = []
     for name, base in table.contenders.items():
-        row = {"contender": name, "tree": tree, "parameters": count, "dtype": dtype, **facts[name]}
-        for key in built.get(name, [{}])[0] if builds else ():
-            row[key] = statistics.median(build[key] for build in built[name])
+        row = {"contender": name, "tree": tree, "parameters": count, "dtype": dtype, **said[name][0]}
+        if name in able:
+            row |= {key: statistics.median(build[key] for build in said[name]) for key in said[name][0]}
         if name in able and base in able:
             row |= {"against": base, **timing(times[name], times[base], table.mean, steps)}
             row["ns_per_parameter"] = 1e6 * row["ms"] / count
         rows.append(row)
-    floor = next((row for row in rows if row["contender"] == "copy" and "ms" in row), None)
-    for row in rows if floor else ():
-        if "bytes_moved" in row and "ms" in row:
-            row["of_copy"] = (row["bytes_moved"] / row["ms"]) / (floor["bytes_moved"] / floor["ms"])
     return rows
+
+
+def of_copy(rows: list[dict]) -> list[dict]:
+    """The rows of one run with the bandwidth of each over that of the copy, both by XLA's count of their bytes."""
+    speed = {row["contender"]: row["bytes_moved"] / row["ratio"] for row in rows if {"bytes_moved", "ratio"} <= {*row}}
+    return [
+        row | {"of_copy": speed[row["contender"]] / speed["copy"]} if {row["contender"], "copy"} <= {*speed} else row
+        for row in rows
+    ]
 
 
 def timing(mine: list[float], base: list[float], mean: bool, steps: int) -> dict:
@@ -146,7 +153,7 @@ def main() -> None:
     parser.add_argument("--trees", nargs="*", help="4096x4096, 1e6 (flat), resnet50, gpt2, llama, '300 leaves'")
     parser.add_argument("--dtypes", nargs="*", choices=BOTH)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--builds", type=int, default=3, help="of every step in the table of leaves")
+    parser.add_argument("--builds", type=int, default=1, help="of every step in the table of leaves, medians")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for TABLE.json")
     args = parser.parse_args()
     for name in args.tables:
@@ -156,7 +163,7 @@ def main() -> None:
         rows = []
         for tree in table.trees:
             for dtype in table.dtypes:
-                rows += measure(table, tree, dtype, builds=args.builds if name == "leaves" else 0)
+                rows += of_copy(measure(table, tree, dtype, args.builds if name == "leaves" else 1))
         print(f"\n{name}\n\n{markdown(rows, COLUMNS)}", flush=True)
         save(args.results / f"{'step' if name == 'storages' else name}.json", rows)
 
