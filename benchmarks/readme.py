@@ -17,7 +17,7 @@ ROWS = {
     "snr_adam.adamw float32": ("`adamw(...)`", "float32", "to compare, to continue old runs"),
     "snr_adam.adamw bfloat16": ('`storage="bfloat16"`', "bfloat16", "optimizers that `packed` cannot hold"),
     "bfloat16 nearest": ("bfloat16 rounded to nearest, by hand", "bfloat16 nearest", "nothing: v stalls"),
-    "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory, and faster"),
+    "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory"),
     "snr_adam.adamw packed, flat": ("the same, one flat vector", "packed", ""),
     "snr_adam.adamw packed + remainder 8": (
         '`carry_remainder(..., "8")`, packed',
@@ -80,7 +80,11 @@ def storage_table() -> str:
             time = f"{row['ms'] / base[row['dtype']]:.2f}" if "ms" in row else "not measured" if row else "-"
             cells.append("-" if "remainder" in contender and row is wide else time)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {use} |")
-    machine = step["machine"]
+    machine, other = step["machine"], load("step-amd-epyc")
+    there = {(row["contender"], row["dtype"]): row["ms"] for row in other["rows"] if "ms" in row}
+    packed = [
+        f"{there['snr_adam.adamw packed', dtype] / there['optax.adam', dtype]:.2f}" for dtype in ("float32", "bfloat16")
+    ]
     lines += [
         "",
         "Bytes per parameter, at rest and moved in a step; error of the update at b2 = .999 against float32 moments; v "
@@ -88,7 +92,9 @@ def storage_table() -> str:
         "to `optax.adam` in the same run, for 16.8M parameters in one leaf of 4096 x 4096, parameters and gradients of "
         "the dtype named, "
         f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
-        "`benchmarks/storage.py` and `benchmarks/readme.py`.",
+        "`benchmarks/storage.py` and `benchmarks/readme.py`. How fast the words of `packed` are hashed and decoded depends on "
+        f"the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an earlier version, one "
+        f"flat leaf, `benchmarks/results/step-amd-epyc.json`) it took {packed[0]} and {packed[1]} of `optax.adam`'s time.",
     ]
     return "\n".join(lines)
 

@@ -164,8 +164,8 @@ def main() -> None:
         for tree in table.trees:
             for dtype in table.dtypes:
                 rows += of_copy(measure(table, tree, dtype, args.builds if name == "leaves" else 1))
+                save(args.results / f"{'step' if name == 'storages' else name}.json", rows)
         print(f"\n{name}\n\n{markdown(rows, COLUMNS)}", flush=True)
-        save(args.results / f"{'step' if name == 'storages' else name}.json", rows)
 
 
 if __name__ == "__main__":
