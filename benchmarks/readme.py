@@ -92,9 +92,10 @@ def storage_table() -> str:
         "to `optax.adam` in the same run, for 16.8M parameters in one leaf of 4096 x 4096, parameters and gradients of "
         "the dtype named, "
         f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
-        "`benchmarks/storage.py` and `benchmarks/readme.py`. How fast the words of `packed` are hashed and decoded depends on "
-        f"the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an earlier version, one "
-        f"flat leaf, `benchmarks/results/step-amd-epyc.json`) it took {packed[0]} and {packed[1]} of `optax.adam`'s time.",
+        "`benchmarks/storage.py` and `benchmarks/readme.py`. How fast the words of `packed` are hashed and decoded "
+        f"depends on the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an "
+        "earlier version, one flat leaf, `benchmarks/results/step-amd-epyc.json`) it took "
+        f"{packed[0]} and {packed[1]} of `optax.adam`'s time.",
     ]
     return "\n".join(lines)
 
