@@ -151,7 +151,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md is not what benchmarks/results say: run benchmarks/readme.py" if render(text) != text else 0)
+        sys.exit("README.md is not what benchmarks/results say" if render(text) != text else 0)
     readme.write_text(render(text))
 
 
