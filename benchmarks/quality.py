@@ -8,9 +8,9 @@ weights and sees the same batches, so its held-out loss is compared with `optax.
     d_s = loss_s - base_s,     mean(d) +- t(0.975, 19) std(d) / sqrt(20)        a 95 % confidence interval
 
 The learning rate decays to 0, so that the last loss is not a matter of the last batch. `carried` has bfloat16 weights.
-`shared` goes against advice: no noise of so small a network reaches the cutoff of `suggest_sharing`, so after a third of
-the run a cutoff of 0.5 shares it nevertheless, over axes found in the state of the first seed. All seeds train at once,
-under `vmap`: they have their stochastic rounding's bits in common, and not their gradients.
+`shared` goes against advice: no noise of so small a network reaches the cutoff of `suggest_sharing`, so after a third
+of the run a cutoff of 0.5 shares it nevertheless, over axes found in the state of the first seed. All seeds train at
+once, under `vmap`: they have their stochastic rounding's bits in common, and not their gradients.
 
 The second table is the small transformer's, made by `examples/char_lm.py --table`.
 """

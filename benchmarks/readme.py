@@ -121,15 +121,13 @@ def digits_quality_table(results: dict) -> str:
             f"{difference} |"
         )
     shared = next((row["shared"] for row in results["rows"] if row["shared"]), {})
-    where = ", ".join(
-        f"`{path}` along {' and '.join(f'axis {axis}' for axis in axes)}" for path, axes in shared.items()
-    )
+    where = " and ".join(f"`{path}` ({row['error']:.0%})" for path, row in shared.items())
     lines += [
         "",
         f"An MLP on digits, {results['steps']:,} updates, mean of {results['seeds']} seeds, nats per digit, "
         f"differences in pairs of one seed; the loss of seeds spreads by {results['rows'][0]['spread']:.3f}. "
-        f"`shared` goes against advice: `suggest_sharing` finds nothing here that may be, and its predicted errors of the "
-        f"update are large, {where}. Made by `benchmarks/quality.py`.",
+        "`shared` goes against advice: `suggest_sharing` finds no noise here that may be, and predicts large errors of "
+        f"the update for {where}. Made by `benchmarks/quality.py`.",
     ]
     return "\n".join(lines)
 

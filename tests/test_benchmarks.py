@@ -65,7 +65,7 @@ def test_quality_in_short(tmp_path, monkeypatch, capsys):
             [row["difference"] - row["interval"], row["difference"] + row["interval"]], interval, atol=1e-9
         )
         assert row["losses"] != base["losses"]
-    assert set(rows[1]["shared"]) == {"hidden/kernel", "out/kernel"}
+    assert rows[1]["shared"]["hidden/kernel"]["error"] > 0.3
     said = capsys.readouterr().out
     assert readme.quality_table(readme.load("char_lm")) in said
     assert "mean of 3 seeds" in said
