@@ -35,7 +35,6 @@ from hundred_thousand import BATCH, HELD_OUT, LEARNING_RATE, MLP, accuracy, comp
 TRANSFORMATIONS = {
     "optax.adam": optax.adam,
     "snr_adam.adam": snr_adam.adam,
-    "snr_adam.adam packed": lambda rate: snr_adam.adam(rate, storage="packed"),
     "snr_adam.adam observed": lambda rate: snr_adam.observe(snr_adam.adam(rate), every=10),
 }
 OTHERS = "torch.optim.Adam", "torch.optim.Adam fused", "keras.optimizers.Adam on JAX"

@@ -30,7 +30,6 @@ ROWS = {
 
 # contender in note_run.json -> what to write, where its own name would not do
 CONTENDERS = {
-    "snr_adam.adam packed": '`snr_adam.adam(..., storage="packed")`',
     "snr_adam.adam observed": "`snr_adam.observe(snr_adam.adam(...), every=10)`",
     "torch.optim.Adam": "`torch.optim.Adam`, eager",
     "torch.optim.Adam fused": "`torch.optim.Adam(fused=True)`",
@@ -115,7 +114,7 @@ def digits_quality_table(results: dict) -> str:
         "|---|--:|--:|--:|",
     ]
     for i, row in enumerate(results["rows"]):
-        difference = f"{row['difference']:+.4f} ± {row['interval']:.4f}" if i else "-"
+        difference = f"{row['difference']:+.5f} ± {row['interval']:.5f}" if i else "-"
         lines.append(
             f"| {row['variant'].removesuffix('.adamw')} | {row['bytes_per_parameter']:.1f} | {row['mean']:.4f} | "
             f"{difference} |"
