@@ -167,6 +167,7 @@ def render(text: str) -> str:
         "storage": storage_table(),
         "quality": quality_table(load("char_lm")),
         "digits_quality": digits_quality_table(load("quality")),
+        "note_run": note_run_table(load("note_run")),
     }
     for mark, table in tables.items():
         pattern = rf"<!-- {mark} -->.*?<!-- /{mark} -->"
