@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from step import RESULTS, machine
+from common import RESULTS, machine
 
 import snr_adam
 from snr_adam.plan import BYTES, STORAGES, Setup, plan

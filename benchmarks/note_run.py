@@ -23,9 +23,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from common import RESULTS, machine
 from flax import nnx
 from readme import note_run_table
-from step import RESULTS, machine
 
 import snr_adam
 

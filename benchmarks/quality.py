@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import RESULTS, machine
 from flax import nnx
 from readme import digits_quality_table, load, quality_table
 from scipy.stats import t as student
-from step import RESULTS, machine
 
 import snr_adam
 

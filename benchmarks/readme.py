@@ -17,7 +17,8 @@ ROWS = {
     "snr_adam.adamw float32": ("`adamw(...)`", "float32", "to compare, to continue old runs"),
     "snr_adam.adamw bfloat16": ('`storage="bfloat16"`', "bfloat16", "optimizers that `packed` cannot hold"),
     "bfloat16 nearest": ("bfloat16 rounded to nearest, by hand", "bfloat16 nearest", "nothing: v stalls"),
-    "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory, and faster"),
+    "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory"),
+    "snr_adam.adamw packed, flat": ("the same, one flat vector", "packed", ""),
     "snr_adam.adamw packed + remainder 8": (
         '`carry_remainder(..., "8")`, packed',
         "packed",
@@ -25,6 +26,12 @@ ROWS = {
     ),
     "torch.AdamW fused": ("`torch.optim.AdamW(fused=True)`", None, ""),
     "copy": ("bare copy of packed's bytes", None, "the floor"),
+}
+CHAINS = {
+    "optax chain": "`optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(...)), 10)`",
+    "guard float32": "`guard(adamw(...), clip_norm=1.0)`",
+    "guard bfloat16": '`guard(adamw(..., storage="bfloat16"), clip_norm=1.0)`',
+    "guard packed": '`guard(adamw(..., storage="packed"), clip_norm=1.0)`',
 }
 
 
@@ -41,10 +48,32 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def chain_table() -> str:
+    """AdamW with clipping and skipping, against Optax's."""
+    results = load("chain")
+    found = {(row["contender"], row["dtype"]): row for row in results["rows"]}
+    lines = [
+        "| AdamW, clipped, non-finite steps skipped | time, float32 | bfloat16 | moved | temporaries | state bytes |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for contender, label in CHAINS.items():
+        wide, narrow = found[contender, "float32"], found[contender, "bfloat16"]
+        times = [f"{row['ratio']:.2f}" for row in (wide, narrow)]
+        bytes_ = [f"{wide[key]:.0f}" for key in ("bytes_moved", "bytes_temporary", "bytes_state")]
+        lines.append(f"| {label} | " + " | ".join(times + bytes_) + " |")
+    machine, row = results["machine"], results["rows"][0]
+    return "\n".join(lines) + (
+        f"\n\nTime of a step over that of Optax's chain, medians of {row['rounds']} rounds of one run, parameters and "
+        "gradients of the dtype named; bytes per float32 parameter by XLA's count; 16.8M parameters in one leaf of "
+        f"4096 x 4096, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by "
+        "`benchmarks/step.py chain` and `benchmarks/readme.py`."
+    )
+
+
 def storage_table() -> str:
     """At rest, moved, error, time: one row per storage, float32 and bfloat16 parameters."""
     step, error = load("step"), {row["storage"]: row for row in load("storage")["rows"]}
-    found = {(row["contender"], row["dtype"]): row for row in step["rows"] if row["tree"] == "16777216"}
+    found = {(row["contender"], row["dtype"]): row for row in step["rows"] if row["tree"] == "4096x4096"}
     base = {dtype: found["optax.adam", dtype]["ms"] for dtype in ("float32", "bfloat16")}
     lines = [
         "| AdamW | state bytes | moved | error | v after | time, float32 | bfloat16 | use it for |",
@@ -60,15 +89,22 @@ def storage_table() -> str:
             time = f"{row['ms'] / base[row['dtype']]:.2f}" if "ms" in row else "not measured" if row else "-"
             cells.append("-" if "remainder" in contender and row is wide else time)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {use} |")
-    machine = step["machine"]
+    machine, other = step["machine"], load("step-amd-epyc")
+    there = {(row["contender"], row["dtype"]): row["ms"] for row in other["rows"] if "ms" in row}
+    packed = [
+        f"{there['snr_adam.adamw packed', dtype] / there['optax.adam', dtype]:.2f}" for dtype in ("float32", "bfloat16")
+    ]
     lines += [
         "",
         "Bytes per parameter, at rest and moved in a step; error of the update at b2 = .999 against float32 moments; v "
         "6,000 steps after gradients shrank tenfold, as a multiple of float32's (1 is right); time of a step relative "
-        "to `optax.adam` in the same run, for 16.8M parameters in one leaf, parameters and gradients of the dtype "
-        "named, "
+        "to `optax.adam` in the same run, for 16.8M parameters in one leaf of 4096 x 4096, parameters and gradients of "
+        "the dtype named, "
         f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
-        "`benchmarks/storage.py` and `benchmarks/readme.py`.",
+        "`benchmarks/storage.py` and `benchmarks/readme.py`. How fast the words of `packed` are hashed and decoded "
+        f"depends on the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an "
+        "earlier version, one flat leaf, `benchmarks/results/step-amd-epyc.json`) it took "
+        f"{packed[0]} and {packed[1]} of `optax.adam`'s time.",
     ]
     return "\n".join(lines)
 
@@ -163,6 +199,7 @@ def signal_table() -> str:
 def render(text: str) -> str:
     """The README with every table between its marks made anew."""
     tables = {
+        "chain": chain_table(),
         "signal": signal_table(),
         "storage": storage_table(),
         "quality": quality_table(load("char_lm")),
@@ -183,8 +220,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     if "--check" in sys.argv[1:]:
-        same = render(text) == text
-        sys.exit(0 if same else "README.md is not what benchmarks/results say: run benchmarks/readme.py")
+        sys.exit("README.md is not what benchmarks/results say" if render(text) != text else 0)
     readme.write_text(render(text))
 
 

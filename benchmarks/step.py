@@ -1,270 +1,171 @@
 """How long one optimizer step takes: update and apply, parameters and state donated, everything jitted.
 
-Every contender runs in a process of its own and waits there; the parent lets them run one after the other, round by
-round, so that all see the same machine in the same minute. A number counts only against the others of its run: the
-tables give the median over rounds of the ratio to `optax.adamw` of the same dtype.
+    python benchmarks/step.py chain        AdamW with clipping and skipping, as one trains with, against Optax's
+    python benchmarks/step.py storages     AdamW with every storage, Optax, PyTorch and the floor
+    python benchmarks/step.py observe      what telemetry adds
+    python benchmarks/step.py presets      every optimizer
+    python benchmarks/step.py leaves       1, 300 and 3,000 leaves: trace, lower, compile, first step, step
+    python benchmarks/step.py storages --trees 10000 1000x1000 50000x5000 resnet50 gpt2 llama
 
-    python benchmarks/step.py                          16.8M parameters in one leaf, float32 and bfloat16
-    python benchmarks/step.py --sizes 1e4 1e6 2.5e8    other sizes
-    python benchmarks/step.py --trees resnet50 gpt2 llama
-
-Bytes per parameter are XLA's own count of the compiled step (`cost_analysis`), state bytes those of the live arrays.
-`copy` is the floor: a program that only reads and writes as many bytes as packed storage must (24 per float32
-parameter). Rows that cannot be measured (torch is not installed, not enough memory) say so.
+Contenders take turns (`common.py`); `ratio` is the median over rounds of the time over that of `against` in the same
+round. `observe` takes means over whole cycles instead, because its rarest work comes once in 64 observations; its
+rounds are 64 steps, ten of them a cycle. Bytes per parameter are XLA's own count of the compiled step
+(`cost_analysis`), state bytes those of the live arrays. `copy` is the floor: a program that only reads and writes as
+many bytes as packed storage must (24 per float32 parameter); `of_copy` is the bandwidth of a step, by XLA's count of
+its bytes, over that of the copy. Rows that cannot be measured (torch is not installed, not enough memory) say so.
 """
 
 import argparse
-import datetime
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
-CONTENDERS = (
+from common import RESULTS, Worker, markdown, save, take_turns
+from contenders import PRESETS
+from trees import tree_shapes
+
+CONTENDERS = str(Path(__file__).parent / "contenders.py")
+
+
+class Table(NamedTuple):
+    """contenders: each with the one that its time is divided by. steps: in a round, None for about 0.1 s."""
+
+    contenders: dict[str, str]
+    trees: list[str]
+    dtypes: list[str]
+    rounds: int = 20
+    steps: int | None = None
+    mean: bool = False
+
+
+def against(base: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys((base, *names), base)
+
+
+STORAGES = against(
     "optax.adamw",
     "optax.adam",
     "snr_adam.adam packed",
     "snr_adam.adamw float32",
     "snr_adam.adamw bfloat16",
     "snr_adam.adamw packed",
+    "snr_adam.adamw packed, flat",
+    "snr_adam.adamw packed + remainder 16",
     "snr_adam.adamw packed + remainder 8",
     "torch.AdamW fused",
     "copy",
 )
+OBSERVED = {
+    name: f"snr_adam.adamw {s}"
+    for s in ("float32", "packed")
+    for name in (f"snr_adam.adamw {s}", f"observe {s} every 1", f"observe {s} every 10")
+}
+BOTH = ["float32", "bfloat16"]
+TABLES = {
+    "chain": Table(against("optax chain", "guard float32", "guard bfloat16", "guard packed"), ["4096x4096"], BOTH),
+    "storages": Table(STORAGES, ["4096x4096"], BOTH),
+    "observe": Table(OBSERVED, ["4096x4096"], ["float32"], rounds=10, steps=64, mean=True),
+    "presets": Table(
+        against("optax.adamw", *(f"snr_adam.{p}" for p in PRESETS)), ["2048x2048"], ["float32"], rounds=20
+    ),
+    "leaves": Table(
+        against("optax.adamw", "snr_adam.adamw float32", "snr_adam.adamw packed"),
+        ["8192x4096", "300 leaves", "3000 leaves"],
+        ["float32"],
+        rounds=20,
+    ),
+}
+COLUMNS = {
+    **dict.fromkeys(("tree", "dtype", "contender"), ""),
+    **dict.fromkeys(("ms", "ns_per_parameter"), ".3g"),
+    "ratio": ".3f",
+    "against": "",
+    **dict.fromkeys(("bytes_moved", "bytes_state", "bytes_temporary"), ".1f"),
+    **dict.fromkeys(("of_copy", "trace_s", "lower_s", "compile_s", "first_step_s"), ".2f"),
+    "launches": "d",
+    "error": "",
+}
 
 
-def tree_shapes(name: str) -> list[tuple[int, ...]]:
-    """The parameter shapes of a well-known model, or of one leaf of that many parameters."""
-    if name == "resnet50":
-        shapes = [(7, 7, 3, 64), (64,), (64,)]
-        width_in = 64
-        for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-            for block in range(blocks):
-                convs = [(1, 1, width_in, width), (3, 3, width, width), (1, 1, width, 4 * width)]
-                convs += [(1, 1, width_in, 4 * width)] if block == 0 else []
-                for conv in convs:
-                    shapes += [conv, (conv[-1],), (conv[-1],)]
-                width_in = 4 * width
-        return [*shapes, (2048, 1000), (1000,)]
-    if name == "gpt2":
-        block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,)]
-        block += [(768, 3072), (3072,), (3072, 768), (768,)]
-        return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
-    if name == "llama":  # the leaves of a 32-layer Llama, at a width that fits a laptop
-        block = [(512, 512)] * 4 + [(512, 1408)] * 2 + [(1408, 512), (512,), (512,)]
-        return [(32000, 512), *block * 32, (512,), (512, 32000)]
-    return [(int(float(name)),)]
+def fit_together(number: int, count: int, dtype: str) -> bool:
+    """Whether so many contenders have room at once: parameter, gradient and moments each, and Python's own."""
+    needed = number * (count * (16 if dtype == "float32" else 12) + 3e8)
+    return needed < 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def jax_contender(name: str, shapes, dtype: str):
-    """(run n steps, facts about the compiled step) of a JAX contender."""
-    import jax
-    import optax
-
-    import snr_adam
-
-    hyper = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01}
-    maker, _, storage = name.partition(" ")
-    library, preset = maker.split(".")
-    options = hyper if preset == "adamw" else {}
-    if library == "optax":
-        tx = getattr(optax, preset)(1e-3, **options)
-    else:
-        tx = getattr(snr_adam, preset)(1e-3, **options, storage=storage.split(" + ")[0])
-        tx = snr_adam.carry_remainder(tx, "8") if "remainder" in storage else tx
-
-    def step(params, state, grads):  # donated arguments and results in the same order: XLA pairs buffers by position
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    keys = iter(jax.random.split(jax.random.key(0), 2 * len(shapes)))
-    draw = jax.jit(lambda key, shape, scale: (jax.random.normal(key, shape) * scale).astype(dtype), static_argnums=1)
-    params = {str(i): draw(next(keys), shape, 0.1) for i, shape in enumerate(shapes)}
-    grads = {str(i): draw(next(keys), shape, 0.01) for i, shape in enumerate(shapes)}
-    carry = [params, jax.jit(tx.init)(params)]
-    count = sum(math.prod(shape) for shape in shapes)
-    marks = [time.perf_counter()]
-    traced = jax.jit(step, donate_argnums=(0, 1)).trace(*carry, grads)
-    marks.append(time.perf_counter())
-    lowered = traced.lower()
-    marks.append(time.perf_counter())
-    compiled = lowered.compile()
-    marks.append(time.perf_counter())
-    facts = {
-        "bytes_moved": compiled.cost_analysis()["bytes accessed"] / count,
-        "bytes_temporary": compiled.memory_analysis().temp_size_in_bytes / count,
-        "bytes_state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(carry[1])) / count,
-        "trace_s": marks[1] - marks[0],
-        "lower_s": marks[2] - marks[1],
-        "compile_s": marks[3] - marks[2],
-    }
-
-    def run(n: int):
-        for _ in range(n):
-            carry[0], carry[1] = compiled(carry[0], carry[1], grads)
-        jax.block_until_ready(carry)
-
-    return run, facts
-
-
-def copy_contender(shapes, dtype: str):
-    """Two passes that each read two words per parameter and write one: the traffic of packed storage."""
-    import jax
-    import jax.numpy as jnp
-
-    count = sum(math.prod(shape) for shape in shapes)
-    bits = jnp.uint32 if dtype == "float32" else jnp.uint16
-    carry = [jnp.zeros(count, jnp.uint32), jnp.zeros(count, bits)]
-    grads = jnp.ones(count, bits)
-
-    @jax.jit
-    def step(words, params, grads):
-        words = words ^ grads
-        return words, params ^ words.astype(bits)
-
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, grads).compile()
-
-    def run(n: int):
-        for _ in range(n):
-            carry[0], carry[1] = compiled(carry[0], carry[1], grads)
-        jax.block_until_ready(carry)
-
-    return run, {"bytes_moved": compiled.cost_analysis()["bytes accessed"] / count, "bytes_state": 4.0}
-
-
-def torch_contender(shapes, dtype: str):
-    """torch.optim.AdamW(fused=True), whose moments have the parameters' dtype."""
-    import torch
-
-    params = [torch.nn.Parameter((torch.randn(shape) * 0.1).to(getattr(torch, dtype))) for shape in shapes]
-    for p in params:
-        p.grad = (torch.randn(p.shape) * 0.01).to(p.dtype)
-    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-
-    def run(n: int):
-        for _ in range(n):
-            optimizer.step()
-
-    run(1)
-    return run, {"bytes_state": 2.0 * params[0].element_size()}
-
-
-def work(name: str, tree: str, dtype: str) -> None:
-    """A contender's process: sets up, then runs as many steps as each line of stdin says, and answers with seconds."""
-    shapes = tree_shapes(tree)
-    try:
-        if name == "copy":
-            run, facts = copy_contender(shapes, dtype)
-        elif name.startswith("torch"):
-            run, facts = torch_contender(shapes, dtype)
-        else:
-            run, facts = jax_contender(name, shapes, dtype)
-        run(2)
-    except ImportError as error:
-        print(json.dumps({"error": f"not measured: {error}"}), flush=True)
-        return
-    print(json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        run(1)  # wakes threads and memory up after the wait
-        start = time.perf_counter()
-        run(int(line))
-        print(time.perf_counter() - start, flush=True)
-
-
-def memory_needed(count: int, dtype: str) -> float:
-    """Bytes that all contenders of a run hold together, roughly."""
-    return count * (4 if dtype == "float32" else 2) * 2 * len(CONTENDERS) + count * 44
-
-
-def measure(tree: str, dtype: str, rounds: int, contenders) -> list[dict]:
-    """One interleaved run over all contenders."""
-    count = sum(math.prod(shape) for shape in tree_shapes(tree))
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if memory_needed(count, dtype) > 0.9 * available:  # leave out what is there for comparison only
-        contenders = [c for c in contenders if c in ("optax.adamw", "snr_adam.adamw float32", "snr_adam.adamw packed")]
-    workers, rows = {}, []
-    for name in contenders:
-        command = [sys.executable, __file__, "--work", name, tree, dtype]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        facts = json.loads(worker.stdout.readline() or '{"error": "not measured: the process ended"}')
-        rows.append({"contender": name, "tree": tree, "parameters": count, "dtype": dtype, **facts})
-        if "error" not in facts:
-            workers[name] = worker
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    steps = max(4, min(2000, int(2.5e8 / count)))
-    for done in range(rounds):
-        for name, worker in workers.items():
-            print(f"{steps}", file=worker.stdin, flush=True)
-            times[name].append(float(worker.stdout.readline()) / steps)
-        if sys.stderr.isatty():
-            print(f"\r{tree} {dtype}: round {done + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
+def measure(table: Table, tree: str, dtype: str, builds: int = 1, together: bool = True) -> list[dict]:
+    """All contenders in one run; where they have no room together, each with its base alone."""
+    count = sum(map(math.prod, tree_shapes(tree)))
+    names = list(table.contenders)
+    if len(names) > 2 and not (together and fit_together(len(names), count, dtype)):
+        pairs = [dict.fromkeys((base, name), base) for name, base in table.contenders.items() if name != base]
+        rows = [row for pair in pairs for row in measure(table._replace(contenders=pair), tree, dtype, builds)]
+        first = {row["contender"]: row for row in reversed(rows)}
+        return [first[name] for name in names]
+    arguments = [[CONTENDERS, name, tree, dtype] for name in names]
+    workers = {name: Worker(a) for name, a in zip(names, arguments, strict=True)}  # they set up side by side
+    said = {name: [worker.answer()] for name, worker in workers.items()}
+    able = {name: worker for name, worker in workers.items() if "error" not in said[name][0]}
+    said |= take_turns(able, "build", builds)
+    able = {name: worker for name, worker in able.items() if "error" not in said[name][0]}
+    steps = table.steps or max(4, min(2000, int(7e7 / count)))
+    times = take_turns(able, str(steps), table.rounds)
     for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    for row in rows:
-        if row["contender"] in times:
-            mine, base = times[row["contender"]], times["optax.adamw"]
-            row["ms"] = 1e3 * statistics.median(mine)
-            row["ratio"] = statistics.median(a / b for a, b in zip(mine, base, strict=True))
+        worker.close()
+    rows = []
+    for name, base in table.contenders.items():
+        row = {"contender": name, "tree": tree, "parameters": count, "dtype": dtype, **said[name][0]}
+        if name in able:
+            row |= {key: statistics.median(build[key] for build in said[name]) for key in said[name][0]}
+        if name in able and base in able:
+            row |= {"against": base, **timing(times[name], times[base], table.mean, steps)}
+            row["ns_per_parameter"] = 1e6 * row["ms"] / count
+        rows.append(row)
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| tree | dtype | step | ms | time / optax.adamw | bytes moved | state bytes | temporaries |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
+def of_copy(rows: list[dict]) -> list[dict]:
+    """The rows of one run with the bandwidth of each over that of the copy, both by XLA's count of their bytes."""
+    speed = {row["contender"]: row["bytes_moved"] / row["ratio"] for row in rows if {"bytes_moved", "ratio"} <= {*row}}
+    return [
+        row | {"of_copy": speed[row["contender"]] / speed["copy"]} if {row["contender"], "copy"} <= {*speed} else row
+        for row in rows
     ]
-    for row in rows:
-        forms = {"ms": ".3g", "ratio": ".2f", "bytes_moved": ".1f", "bytes_state": ".1f", "bytes_temporary": ".1f"}
-        cells = [f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items()]
-        if "error" in row:
-            cells[0] = row["error"]
-        lines.append(f"| {row['tree']} | {row['dtype']} | {row['contender']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
-def machine() -> dict:
-    """Where and with what a result was measured."""
-    from importlib.metadata import version
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = {line.split(":")[1].strip() for line in lines if "model name" in line}
+def timing(mine: list[float], base: list[float], mean: bool, steps: int) -> dict:
+    """Time of a step and its ratio to the base's: medians over rounds, or means."""
+    ratios = [a / b for a, b in zip(mine, base, strict=True)]
     return {
-        "date": datetime.date.today().isoformat(),
-        "processor": ", ".join(sorted(names)) or platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "optax")},
+        "ms": 1e3 * (statistics.mean if mean else statistics.median)(mine) / steps,
+        "ratio": sum(mine) / sum(base) if mean else statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "rounds": len(ratios),
+        "steps_per_round": steps,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="*", default=["16777216"], help="parameters in one leaf")
-    parser.add_argument("--trees", nargs="*", default=[], choices=["resnet50", "gpt2", "llama"])
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", type=Path, default=RESULTS / "step.json")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("tables", nargs="+", choices=list(TABLES))
+    parser.add_argument("--trees", nargs="*", help="4096x4096, 1e6 (flat), resnet50, gpt2, llama, '300 leaves'")
+    parser.add_argument("--dtypes", nargs="*", choices=BOTH)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--builds", type=int, default=1, help="of every step in the table of leaves, medians")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for TABLE.json")
     args = parser.parse_args()
-    if args.work:
-        work(*args.work)
-        return
-    rows = []
-    for tree in [*args.sizes, *args.trees]:
-        for dtype in args.dtypes:
-            rows += measure(tree, dtype, args.rounds, args.contenders)
-    print(table(rows))
-    args.json.parent.mkdir(exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    for name in args.tables:
+        table = TABLES[name]
+        table = table._replace(trees=args.trees or table.trees, dtypes=args.dtypes or table.dtypes)
+        table = table._replace(rounds=args.rounds or table.rounds)
+        rows = []
+        for tree in table.trees:
+            for dtype in table.dtypes:
+                rows += of_copy(measure(table, tree, dtype, args.builds if name == "leaves" else 1))
+                save(args.results / f"{'step' if name == 'storages' else name}.json", rows)
+        print(f"\n{name}\n\n{markdown(rows, COLUMNS)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from step import RESULTS, machine
+from common import RESULTS, machine
 
 import snr_adam
 

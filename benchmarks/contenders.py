@@ -1,0 +1,180 @@
+"""The contenders of `step.py` and `gpu.py`, by name, and the process that each runs in.
+
+python benchmarks/contenders.py NAME TREE DTYPE        answers lines of stdin, see `work`
+"""
+
+import itertools
+import math
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import serve
+from kernels import launches
+from trees import tree_shapes
+
+import snr_adam
+
+HYPER = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01}
+PRESETS = [
+    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
+    *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
+]
+
+
+def adamw(storage: str):
+    return snr_adam.adamw(1e-3, **HYPER, storage=storage)
+
+
+def optax_chain():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, **HYPER))
+    return optax.apply_if_finite(tx, 10)
+
+
+OPTIMIZERS = {
+    "optax.adamw": lambda: optax.adamw(1e-3, **HYPER),
+    "optax.adam": lambda: optax.adam(1e-3),
+    "optax chain": optax_chain,
+    "snr_adam.adam packed": lambda: snr_adam.adam(1e-3, storage="packed"),
+    **{f"snr_adam.adamw {s}": lambda s=s: adamw(s) for s in ("float32", "bfloat16", "packed")},
+    **{f"guard {s}": lambda s=s: snr_adam.guard(adamw(s), clip_norm=1.0) for s in ("float32", "bfloat16", "packed")},
+    **{
+        f"snr_adam.adamw packed + remainder {bits}": lambda b=bits: snr_adam.carry_remainder(adamw("packed"), b)
+        for bits in ("16", "8")
+    },
+    **{
+        f"observe {s} every {n}": lambda s=s, n=n: snr_adam.observe(adamw(s), every=n)
+        for s in ("float32", "packed")
+        for n in (1, 10)
+    },
+    **{f"snr_adam.{preset}": lambda p=preset: getattr(snr_adam, p)(1e-3) for preset in PRESETS},
+}
+
+
+class Step:
+    """A contender in JAX: `build` traces, lowers, compiles and takes a first step; then `run` takes n."""
+
+    def __init__(self, name: str, shapes, dtype: str):
+        self.tx = OPTIMIZERS[name]()
+        self.count = sum(map(math.prod, shapes))
+        rng = np.random.default_rng(0)
+
+        def draw(by):  # by NumPy: nothing to compile for many shapes
+            normal = (rng.standard_normal(shape, np.float32) for shape in shapes)
+            return {str(i): jnp.asarray(x * np.float32(by), dtype) for i, x in enumerate(normal)}
+
+        self.params, self.grads = draw(0.1), draw(0.01)
+        self.state = self.tx.init(self.params)
+        if isinstance(self.state, snr_adam.ObserveState):  # long after the start, when examinations are rarest
+            self.state = self.state._replace(count=jnp.int32(5120), seen=jnp.int32(512))
+
+    def build(self) -> dict:
+        """Seconds of each stage, and what XLA says of the result."""
+
+        def step(params, state, grads):  # donated arguments and results in one order: XLA pairs buffers by position
+            updates, state = self.tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        jax.clear_caches()
+        marks = [time.perf_counter()]
+        stages = [jax.jit(step, donate_argnums=(0, 1)).trace(self.params, self.state, self.grads)]
+        marks.append(time.perf_counter())
+        stages.append(stages[-1].lower())
+        marks.append(time.perf_counter())
+        self.compiled = stages[-1].compile()
+        marks.append(time.perf_counter())
+        self.run(1)
+        marks.append(time.perf_counter())
+        took = [b - a for a, b in itertools.pairwise(marks)]
+        return dict(zip(("trace_s", "lower_s", "compile_s", "first_step_s"), took, strict=True)) | self.facts()
+
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            self.params, self.state = self.compiled(self.params, self.state, self.grads)
+        jax.block_until_ready((self.params, self.state))
+
+    def facts(self) -> dict:
+        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state))
+        facts = {
+            "bytes_moved": self.compiled.cost_analysis()["bytes accessed"] / self.count,
+            "bytes_temporary": self.compiled.memory_analysis().temp_size_in_bytes / self.count,
+            "bytes_state": state / self.count,
+        }
+        if jax.default_backend() != "cpu":
+            facts["launches"] = launches(self.compiled.as_text())
+        return facts
+
+
+class Copy(Step):
+    """Two passes that each read two words per parameter and write one: the traffic of packed storage."""
+
+    def __init__(self, shapes, dtype: str):
+        self.count = sum(map(math.prod, shapes))
+        bits = jnp.uint32 if dtype == "float32" else jnp.uint16
+
+        def step(params, words, grads):
+            words = words ^ grads
+            return params ^ words.astype(bits), words
+
+        self.params, self.state, self.grads = (jnp.full(self.count, 1, kind) for kind in (bits, jnp.uint32, bits))
+        self.lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.grads)
+
+    def build(self) -> dict:
+        self.compiled = self.lowered.compile()
+        self.run(1)
+        return self.facts()
+
+
+class Torch:
+    """torch.optim.AdamW(fused=True), whose moments have the parameters' dtype, where JAX's default device is."""
+
+    def __init__(self, shapes, dtype: str):
+        import torch
+
+        self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        kind = {"dtype": getattr(torch, dtype), "device": self.device}
+        self.params = [torch.nn.Parameter(torch.empty(shape, **kind).normal_(std=0.1)) for shape in shapes]
+        for p in self.params:
+            p.grad = torch.empty_like(p).normal_(std=0.01)
+        decays = {"betas": (0.9, 0.999), "weight_decay": 0.01}
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-3, **decays, fused=True)
+        self.wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            self.optimizer.step()
+        self.wait()
+
+    def build(self) -> dict:
+        self.run(1)
+        return {"bytes_state": 2.0 * self.params[0].element_size()}
+
+
+def work(name: str, tree: str, dtype: str) -> None:
+    """A contender's process: asked to "build" it does and says what came of it; asked for n steps, the seconds."""
+
+    def set_up():
+        shapes, kind = tree_shapes(tree), name.removesuffix(", flat")
+        shapes = [(math.prod(shape),) for shape in shapes] if kind != name else shapes
+        others = {"copy": Copy, "torch.AdamW fused": Torch}
+        contender = others[kind](shapes, dtype) if kind in others else Step(kind, shapes, dtype)
+
+        def respond(question: str):
+            if question == "build":
+                return contender.build()
+            if int(question) < 64:
+                contender.run(1)  # wakes threads and memory up after the wait; in 64 it does not show
+            start = time.perf_counter()
+            contender.run(int(question))
+            return time.perf_counter() - start
+
+        return respond
+
+    serve(set_up)
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
