@@ -29,10 +29,10 @@ HELD_OUT, BATCH, WIDTH, LEARNING_RATE = 360, 128, 128, 1e-3
 class MLP(nnx.Module):
     """64 pixels -> 128 -> 128 hidden units -> 10 digits."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Linear(64, WIDTH, rngs=rngs)
-        self.second = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        self.out = nnx.Linear(WIDTH, 10, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, width: int = WIDTH):
+        self.first = nnx.Linear(64, width, rngs=rngs)
+        self.second = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x):
         return self.out(nnx.relu(self.second(nnx.relu(self.first(x)))))
@@ -66,12 +66,9 @@ def make_samples(key, images, labels, count: int):
     return moved.reshape(count, 64) + 0.1 * jax.random.normal(noise, (count, 64)), labels[index]
 
 
-def train(epochs: int, samples: int) -> Result:
-    """Trains with Adam, one jitted scan per epoch."""
-    digits, (x_held_out, y_held_out) = load()
-    x, y = jax.jit(make_samples, static_argnums=3)(jax.random.key(0), *digits, samples)
-    graph, params = nnx.split(MLP(nnx.Rngs(0)))  # the model as a pure function of its parameters
-    tx = snr_adam.adam(LEARNING_RATE)
+def compile_epoch(graph, tx: optax.GradientTransformation, carry, x, y):
+    """One epoch as a compiled function: (params, opt_state), its number -> (params, opt_state), mean loss."""
+    samples = len(x)
     per_epoch = samples // BATCH
 
     def loss_of(params, x, y):
@@ -89,19 +86,32 @@ def train(epochs: int, samples: int) -> Result:
         carry, losses = jax.lax.scan(step, carry, (x[order], y[order]))
         return carry, losses.mean()
 
-    carry = (params, tx.init(params))
     compiled = jax.jit(epoch, donate_argnums=0).lower(carry, jnp.int32(0), x, y).compile()
-    losses = []
+    return lambda carry, number: compiled(carry, jnp.int32(number), x, y)
+
+
+def accuracy(graph, params, images, labels) -> float:
+    """The share of the digits that the model reads."""
+    return float((nnx.merge(graph, params)(images).argmax(axis=1) == labels).mean())
+
+
+def train(epochs: int, samples: int) -> Result:
+    """Trains with Adam, one jitted scan per epoch."""
+    digits, held_out = load()
+    x, y = jax.jit(make_samples, static_argnums=3)(jax.random.key(0), *digits, samples)
+    graph, params = nnx.split(MLP(nnx.Rngs(0)))  # the model as a pure function of its parameters
+    tx = snr_adam.adam(LEARNING_RATE)
+    carry, losses = (params, tx.init(params)), []
+    epoch = compile_epoch(graph, tx, carry, x, y)
     start = time.perf_counter()
-    with tqdm(total=epochs * per_epoch, unit=" updates", disable=None) as bar:  # silent unless on a terminal
+    with tqdm(total=epochs * (samples // BATCH), unit=" updates", disable=None) as bar:  # silent unless on a terminal
         for number in range(epochs):
-            carry, loss = compiled(carry, jnp.int32(number), x, y)
+            carry, loss = epoch(carry, number)
             losses.append(float(loss))  # waits for the epoch to end
-            bar.update(per_epoch)
+            bar.update(samples // BATCH)
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
     seconds = time.perf_counter() - start
-    right = nnx.merge(graph, carry[0])(x_held_out).argmax(axis=1) == y_held_out
-    return Result(np.array(losses), float(right.mean()), int(carry[1][0].count), seconds)
+    return Result(np.array(losses), accuracy(graph, carry[0], *held_out), int(carry[1][0].count), seconds)
 
 
 def main(args=None) -> Result:

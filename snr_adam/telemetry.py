@@ -281,18 +281,18 @@ def observe(
         t = optax.safe_increment(state.count)
         due = (state.count % every == 0) | (state.count < _EARLY)
         stride = jnp.clip(2 ** (28 - jax.lax.clz(jnp.maximum(state.seen, 8))), 1, _RAREST)
-        old = (state.moving, state.square, state.seen)
-        (moving, square, seen), zero = _before_the_step(due, look, old, t)
-        old = (state.first, state.second, state.detail, state.examined)
-        rare = due & (state.seen % stride == 0)
-        (first, second, detail, examined), other = _before_the_step(rare, examine, old, t)
+        rare = state.seen & (stride - 1) == 0
+        old = (state.moving, state.square, state.seen), (state.first, state.second, state.detail, state.examined)
+        # one `cond` in the other: where arrays are small, their number is what an unobserved step pays for
+        new, zero = _before_the_step(due, lambda: (look(), jax.lax.cond(rare, examine, lambda: old[1])), old, t)
+        (moving, square, seen), (first, second, detail, examined) = new
         start = state.count == 0, detail.first, detail.second
         weights = averages.advance(state.weights, averages.solve(first, ones), averages.solve(second, 1.0), start)
         new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
 
         gs = leaves
         if rounds_in_one_way(state.inner):
-            gs = [g if g is None else _wait(g, zero | other) for g in leaves]
+            gs = [g if g is None else _wait(g, zero) for g in leaves]
         out, inner = tx.update(outer.unflatten(gs), state.inner, params, **extra_args)
         return out, new._replace(inner=inner)
 
