@@ -202,7 +202,7 @@ def observe(
       tx: any optimizer with a first moment: one of this package, `optax.adamw`, `optax.lion`, `optax.sgd` with
         momentum, a chain, ... It may also be a part of a larger one: inside `optax.MultiSteps` it sees the mean
         gradients, which is right; behind a clip the clipped ones, before it the raw ones.
-      every: observe one step in so many. 10 makes it almost free; the averages then reach ten times as far back.
+      every: observe one step in so many. 10 costs a tenth as much; the averages then reach ten times as far back.
       layer_axis: the axis along which leaves stack layers (as scanned layers do), to report each layer by itself: an
         int for all leaves, a dict from patterns (regular expressions, searched in "layers/kernel") to ints, or None.
 
