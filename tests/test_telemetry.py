@@ -106,7 +106,10 @@ def test_nothing_changes_inside_multi_steps():
     assert snr_adam.report(state).step == 4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+other = pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="there |g|^2 of complex g is fused in another way")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", pytest.param("complex64", marks=other)])
 def test_nothing_changes_for_other_dtypes(dtype):
     grads = list(gradients(6, dtype=dtype))
     tx = snr_adam.adamw(0.01)
