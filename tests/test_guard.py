@@ -38,6 +38,7 @@ FOREIGN = {
     "noisy": lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.adam(0.1)),
     "rmsprop with momentum": lambda: snr_adam.rmsprop(0.1, momentum=0.9),
     "guarded twice": lambda: guard(snr_adam.adamw(0.1)),
+    "observed": lambda: snr_adam.observe(snr_adam.adamw(0.1, storage="packed")),
 }
 ALL = {**OURS, **FOREIGN}
 CLEAN, BAD = 4, (float("nan"), float("inf"), float("-inf"))
