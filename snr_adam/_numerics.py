@@ -38,6 +38,12 @@ def complex_like(dtype) -> Any:
     return np.result_type(dtype, np.complex64)
 
 
+def widen(x) -> jax.Array:
+    """x in the dtype that it is computed in, complex if x is."""
+    dtype = compute_dtype(x)
+    return x.astype(complex_like(dtype) if jnp.iscomplexobj(x) else dtype)
+
+
 def moment_like(p, initial: Scalar = 0.0) -> jax.Array:
     """A new array shaped and sharded like `p`, in the dtype p is computed in, complex if p is."""
     dtype = compute_dtype(p)

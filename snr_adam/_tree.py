@@ -85,6 +85,15 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
 
+def nodes(kind, state) -> list:
+    """The parts of a state that are of this type, wherever they are in it."""
+
+    def is_kind(node) -> bool:
+        return isinstance(node, kind)
+
+    return [node for node in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(node)]
+
+
 def as_array(x):
     """Python and NumPy numbers as arrays; arrays, tracers and ShapeDtypeStructs as they are."""
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)

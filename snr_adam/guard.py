@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import Scalar, complex_like, compute_dtype, largest
+from snr_adam._numerics import Scalar, compute_dtype, largest, widen
 from snr_adam.checks import check_hyperparams
 from snr_adam.gate import Gate, Gated
 
@@ -85,16 +85,11 @@ def _square(g, one, dtype):
     """
     if jnp.iscomplexobj(g):
         return _square(g.real, one, dtype) + _square(g.imag, one, dtype)
-    g = _widen(g)
+    g = widen(g)
     one = one.astype(g.dtype)
     x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one) + (g - g)
     x = x * (one / _unit(g.dtype))
     return jnp.sum(x * x).astype(dtype) * (_unit(g.dtype) / _unit(dtype)) ** 2
-
-
-def _widen(g):
-    dtype = compute_dtype(g)
-    return g.astype(complex_like(dtype) if jnp.iscomplexobj(g) else dtype)
 
 
 def _scale(norm, clip_norm: Scalar | None):
@@ -109,7 +104,7 @@ def _scaled(g, scale):
     if g is None or scale is None or not _is_real(g):
         return g
     g = _tree.as_array(g)
-    return Gate(True, scale).scaled(_widen(g)).astype(g.dtype)
+    return Gate(True, scale).scaled(widen(g)).astype(g.dtype)
 
 
 def guard(
@@ -229,8 +224,7 @@ def health(state, params) -> Health:
     Raises:
       ValueError: if the state holds no guard, or more than one.
     """
-    is_state = functools.partial(_is, GuardState)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
+    found = _tree.nodes(GuardState, state)
     if len(found) != 1:
         raise ValueError(
             f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
@@ -239,7 +233,3 @@ def health(state, params) -> Health:
     names = [name for name, leaf in _tree.named_leaves(params) if leaf is not None]
     name = names[int(last_bad)] if last_bad >= 0 else None
     return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
-
-
-def _is(kind, node) -> bool:
-    return isinstance(node, kind)

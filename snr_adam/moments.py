@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import compute_dtype
+from snr_adam._numerics import widen
 from snr_adam.noise import AverageAndMaximum
 from snr_adam.signal import FastAndSlow
 from snr_adam.storage import Packed
@@ -38,8 +38,7 @@ class Moments(NamedTuple):
         """m and v, as numbers to compute with."""
         if self.is_packed:
             return Packed().decode(self.mu, (), jnp.float32)
-        m = self.mu if jnp.iscomplexobj(self.mu) else self.mu.astype(compute_dtype(self.mu))
-        return m, None if self.nu is None else self.nu.astype(compute_dtype(self.nu))
+        return widen(self.mu), None if self.nu is None else widen(self.nu)
 
 
 def _field(node) -> str | None:

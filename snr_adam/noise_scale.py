@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snr_adam._numerics import abs_sq, compute_dtype
+from snr_adam._numerics import abs_sq, widen
 
 D_EFF = 10.0
 """In how many directions noise is spread, tr(Sigma)^2 / tr(Sigma^2), unless one knows better. Only standard errors use
@@ -321,24 +321,18 @@ def replicas(loss, axis_name):
     return value_and_grad
 
 
-def _wide(x):
-    """An array in the dtype that sums are computed in."""
-    dtype = compute_dtype(x)
-    return x if jnp.iscomplexobj(x) else x.astype(dtype)
-
-
 def _total(terms):
     return functools.reduce(jnp.add, terms, jnp.zeros((), jnp.float32))
 
 
 def squared_norm(tree) -> jax.Array:
     """The sum of |x|^2 over all elements of a tree, in float32 or wider."""
-    return _total(jnp.sum(abs_sq(_wide(x))) for x in jax.tree.leaves(tree))
+    return _total(jnp.sum(abs_sq(widen(x))) for x in jax.tree.leaves(tree))
 
 
 @jax.jit
 def _sums(m, v):
-    return squared_norm(m), _total(jnp.sum(_wide(x).real) for x in jax.tree.leaves(v))
+    return squared_norm(m), _total(jnp.sum(widen(x).real) for x in jax.tree.leaves(v))
 
 
 @jax.jit
@@ -346,7 +340,7 @@ def _absolute_sums(m, v, rho):
     """||sigma||_1 and the debiased ||G||_1."""
 
     def sums(m, v):
-        square, v = abs_sq(_wide(m)), _wide(v).real
+        square, v = abs_sq(widen(m)), widen(v).real
         variance = jnp.maximum(v - square, 0) / (1 - rho)
         passed = rho * variance
         z2 = square / jnp.where(passed > 0, passed, 1)

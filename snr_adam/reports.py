@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from snr_adam import moments
+from snr_adam import _tree, moments
 from snr_adam.averages import newest_weight, solve
 from snr_adam.noise_scale import NoiseScale, from_scalars
 from snr_adam.telemetry import ObserveState
@@ -232,10 +232,6 @@ def _errors(moving, square, rho, decay, newest, q):
     return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4
 
 
-def _is_state(node) -> bool:
-    return isinstance(node, ObserveState)
-
-
 def _host(x):
     """An array, or a box of a library around it, as float64."""
     return np.asarray(jax.device_get(jax.tree.leaves(x)[0]), float)
@@ -305,7 +301,7 @@ def report(opt_state, batch_size: float | None = None) -> Report:
     Raises:
       ValueError: if the state holds nothing observed.
     """
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+    states = _tree.nodes(ObserveState, opt_state)
     if not states:
         raise ValueError(
             f"no telemetry in this state ({moments.kinds_in(opt_state)}): wrap the optimizer, "

@@ -168,7 +168,7 @@ def _is_state(node) -> bool:
 
 
 def _only(state) -> ScaleBySnrState:
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+    found = _tree.nodes(ScaleBySnrState, state)
     if len(found) != 1:
         raise ValueError(
             f"expected an optimizer state with one ScaleBySnrState, found {len(found)}: pass the part to share"

@@ -8,15 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam import _tree
-from snr_adam._numerics import compute_dtype
-
-
-def wide(x):
-    """A leaf as numbers to compute with."""
-    x = _tree.as_array(x)
-    return x if jnp.iscomplexobj(x) else x.astype(compute_dtype(x))
-
 
 def inner(x, y):
     """Re(conj(x) y), element by element."""

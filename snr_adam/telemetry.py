@@ -52,7 +52,7 @@ import numpy as np
 import optax
 
 from snr_adam import _tree, averages, sums
-from snr_adam._numerics import abs_sq
+from snr_adam._numerics import abs_sq, widen
 from snr_adam.averages import Detail, Moving, Recursion, Weights
 from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
@@ -125,8 +125,8 @@ def _elements(g, old, new, p, u, least, leaf: _Leaf):
         counted = (abs_sq(g) > 0) & (v > 0)
         hits = counted & (abs_sq(m) > along(least) * v)
     v, v1 = (jnp.zeros((), jnp.float32) if x is None else x for x in (v, v1))
-    p = jnp.nan if p is None else abs_sq(sums.wide(p))
-    u = abs_sq(sums.wide(u))
+    p = jnp.nan if p is None else abs_sq(widen(_tree.as_array(p)))
+    u = abs_sq(widen(_tree.as_array(u)))
     each = [
         abs_sq(g),
         abs_sq(m),
@@ -253,7 +253,7 @@ def observe(
             before: list[Any] = find(state.inner, outer, leaves)
             power, product = [], []
             for leaf in observed:
-                g, (m, _) = sums.wide(leaves[leaf.number]), before[leaf.number].read()
+                g, (m, _) = widen(_tree.as_array(leaves[leaf.number])), before[leaf.number].read()
                 # two vectorised passes are faster, but would store what a word decodes to
                 add_up = sums.together if before[leaf.number].is_packed else sums.apart
                 a, x = add_up([abs_sq(g), sums.inner(m, g)], leaf.axis)
@@ -274,7 +274,7 @@ def observe(
             for leaf in observed:
                 i = leaf.number
                 moments = before[i].read(), after[i].read()
-                rows.append(_elements(sums.wide(leaves[i]), *moments, ps[i], us[i], least, leaf))
+                rows.append(_elements(widen(_tree.as_array(leaves[i])), *moments, ps[i], us[i], least, leaf))
             columns = zip(*rows, strict=True) if rows else [[]] * 12
             return averages.examine(state, [sums.join(list(column), 0) for column in columns])
 

@@ -3,6 +3,10 @@
 A new estimator or preset is one row here.
 """
 
+import importlib
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +100,13 @@ def run(tx, params, grads, compiler_options=None):
 
     (params, state), updates = jax.jit(scan, compiler_options=compiler_options)(params, grads)
     return updates, params, state
+
+
+def script(folder: str, name: str):
+    """A module of `examples` or `benchmarks`; they import each other, as they do when they are run."""
+    path = str(Path(__file__).parent.parent / folder)
+    sys.path.insert(0, path)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(path)

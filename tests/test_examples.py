@@ -2,11 +2,9 @@
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import struct
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,26 +12,19 @@ import jax
 import numpy as np
 import optax
 import pytest
+from cases import script
 from flax import nnx
 from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 import snr_adam
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 EPOCHS = 48
 
 
-def load(name: str):
-    sys.path.insert(0, str(EXAMPLES))  # examples import each other, as they do when they are run
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-digits, hundred_thousand, noise_scale = load("digits"), load("hundred_thousand"), load("noise_scale")
-trackers, see_the_signal = load("trackers"), load("see_the_signal")
+digits, hundred_thousand, noise_scale, trackers, see_the_signal = (
+    script("examples", name) for name in ("digits", "hundred_thousand", "noise_scale", "trackers", "see_the_signal")
+)
 
 
 class Told(NamedTuple):

@@ -1,26 +1,14 @@
 """The benchmarks run, small, and what they write is what they measured."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import script
 from scipy.stats import ttest_rel
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name: str):
-    sys.path.insert(0, str(BENCHMARKS))  # benchmarks import each other, as they do when they are run
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-note_run, quality, readme = load("note_run"), load("quality"), load("readme")
+note_run, quality, readme = (script("benchmarks", name) for name in ("note_run", "quality", "readme"))
 
 
 def test_note_run_in_short(tmp_path, monkeypatch, capsys):
