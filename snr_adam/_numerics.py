@@ -131,13 +131,18 @@ def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
     return jax.lax.clamp(-limit, x, limit)
 
 
-def root(v: jax.Array) -> jax.Array:
-    """sqrt(v) of a second moment, at least 2^-63 (float64: 2^-511).
+def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
+    """sqrt(v) + eps of a second moment v, with a sqrt(v) of at least 2^-63 (float64: 2^-511).
 
     Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
-    signal was not, x / sqrt(v) would be infinite, or NaN once both are gone.
+    signal was not, x / sqrt(v) would be infinite, or NaN once both are gone. An eps that hides 2^-63 does as well.
+    The result is never a bare root: x / sqrt(y) is compiled as a product, see `unseen_zero`.
     """
-    return jnp.sqrt(v + float(jnp.finfo(v.dtype).tiny))
+    tiny, known = float(jnp.finfo(v.dtype).tiny), isinstance(eps, float)
+    if known and eps * float(jnp.finfo(v.dtype).eps) > math.sqrt(tiny):
+        return jnp.sqrt(v) + eps
+    noise = jnp.sqrt(v + tiny)
+    return jnp.maximum(noise, math.sqrt(tiny)) if known and eps == 0 else noise + eps
 
 
 def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -59,7 +59,8 @@ class Descent(NamedTuple):
             u = divide(times(x, k), noise)
             u = u + times(p, decay) if decays else u
             return times(u, -alpha * _trust_ratio(p, u)) + zero
-        u = divide(times(x, -alpha * k), noise) + zero
+        u = divide(times(x, -alpha * k), noise)
+        u = u + zero if isinstance(noise, float) else u  # x / 1 is a product
         return u - times(p, alpha * decay) if decays else u
 
 

@@ -66,7 +66,7 @@ def _numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
 def _root(v, k: _Numbers, debias: bool = True):
     """sqrt(v / (1 - b2^t) + eps_root) + eps."""
     v = v * k.v.debias if debias else v
-    return root(v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root) + k.eps
+    return root(v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root, k.eps)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Belief:
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
 
     def estimate(self, v, g, k, center):
-        return root(v * k.v.debias) + k.eps
+        return root(v * k.v.debias, k.eps)
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,11 @@ class Yogi:
 
 
 class _Rectifier(NamedTuple):
+    """1 / r and 0, or 0 and 1 while there is no r."""
+
     root: _Numbers
-    inverse_r: Scalar
-    on: Any
+    scale: Scalar
+    constant: Scalar
 
 
 def _langevin(y):
@@ -248,13 +250,13 @@ class Rectified:
         on = rho >= value_at(self.threshold, t, dtype)
         rho = jnp.where(on, rho, last)  # no root of a negative number where r is not used
         inverse_r = jnp.sqrt((last - 4.0) * (last - 2.0) * rho / ((rho - 4.0) * (rho - 2.0) * last))
-        return _Rectifier(k, inverse_r, on)
+        return _Rectifier(k, jnp.where(on, inverse_r, 0.0), jnp.where(on, 0.0, 1.0).astype(dtype))
 
     def update(self, v, g, k: _Rectifier, center):
         return lerp(v, square_onto(v, g), k.root.v.gain)
 
     def estimate(self, v, g, k: _Rectifier, center):
-        return jnp.where(k.on, _root(v, k.root) * k.inverse_r, 1.0)
+        return _root(v, k.root) * k.scale + k.constant  # a choice would be compiled as two quotients, one by 1
 
 
 class _Before(NamedTuple):
@@ -338,7 +340,7 @@ class Deviation:
         (m, s), (k, eps) = state, k
         # bias-corrected, v - m^2 is k (s + m^2) - k^2 m^2
         variance = jnp.maximum(k.debias * (s - (k.debias - 1.0) * abs_sq(m)), 0.0) if self.debias else s
-        return root(variance + eps) if self.eps_in_sqrt else root(variance) + eps
+        return root(variance + eps) if self.eps_in_sqrt else root(variance, eps)
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class Spread:
         return keep * s + weight * abs_sq(g - center)
 
     def estimate(self, s, g, k, center):
-        return root(s + abs_sq(center)) + k[2]
+        return root(s + abs_sq(center), k[2])
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ For every parameter a step does the same five things:
 
 Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
 update comes back in the gradient's dtype. The learning rate multiplies the signal before the division: an update that
-ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`. Some
-noises make a product of it all the same (x / 1, x / sqrt(y)); so a zero is added, see `_numerics.unseen_zero`.
+ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`. Where
+it would end in a product (x / 1, or a trust ratio) a zero is added, see `_numerics.unseen_zero`.
 """
 
 import functools
