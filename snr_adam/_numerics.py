@@ -84,7 +84,7 @@ def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
 
 def times(x: jax.Array, by: Scalar) -> jax.Array:
     """x by for real `by`, as a pair of reals would be; a complex product would add the other part times 0."""
-    return jax.lax.complex(x.real * by, x.imag * by) if jnp.iscomplexobj(x) else x * by
+    return jax.lax.complex(by * x.real, by * x.imag) if jnp.iscomplexobj(x) else by * x
 
 
 def unseen_zero(t: jax.Array, dtype) -> jax.Array:

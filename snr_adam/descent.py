@@ -1,4 +1,4 @@
-"""How signal and noise make a step: -(alpha signal) / noise - (alpha lambda) p.
+"""How signal and noise make a step: -alpha signal / noise - (alpha lambda) p.
 
 alpha, the learning rate, is in units of the parameters per step; lambda is the decoupled weight decay (Loshchilov &
 Hutter 2019); a trust ratio scales a parameter's whole step to its norm (LAMB, You et al. 2020). Without alpha the step
@@ -21,13 +21,18 @@ def _trust_ratio(p, u):
     return jnp.where((p_norm > 0) & (u_norm > 0), p_norm / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)
 
 
+def _minus_inverse(x):
+    """-1 / x, and -inf for a learning rate of 0: nothing moves."""
+    return -1.0 / x if isinstance(x, jax.Array) or x else -jnp.inf
+
+
 def _resolve(hyper, t):
     """A hyper-parameter, or a tree of them, with every schedule replaced by its value at step t."""
     return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
 
 
 class Descent(NamedTuple):
-    """How signal and noise make an update: -(alpha signal) / noise - (alpha lambda) p; without alpha, their ratio."""
+    """How signal and noise make an update: -alpha signal / noise - (alpha lambda) p; without alpha, their ratio."""
 
     alpha: Any = None
     weight_decay: Any = 0.0
@@ -59,8 +64,10 @@ class Descent(NamedTuple):
             u = divide(times(x, k), noise)
             u = u + times(p, decay) if decays else u
             return times(u, -alpha * _trust_ratio(p, u)) + zero
-        u = divide(times(x, -alpha * k), noise)
-        u = u + zero if isinstance(noise, float) else u  # x / 1 is a product
+        if isinstance(noise, float):  # 1: nothing divides
+            u = times(x, -alpha * k) + zero
+        else:  # the scalars come first and on the noise's side, so that equal loops are equal to the compiler as well
+            u = divide(x, _minus_inverse(alpha * k) * noise)
         return u - times(p, alpha * decay) if decays else u
 
 

@@ -65,7 +65,7 @@ def _numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
 
 def _root(v, k: _Numbers, debias: bool = True):
     """sqrt(v / (1 - b2^t) + eps_root) + eps."""
-    v = v * k.v.debias if debias else v
+    v = k.v.debias * v if debias else v
     return root(v if isinstance(k.eps_root, float) and k.eps_root == 0 else v + k.eps_root, k.eps)
 
 
@@ -175,7 +175,7 @@ class Belief:
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
 
     def estimate(self, v, g, k, center):
-        return root(v * k.v.debias, k.eps)
+        return root(k.v.debias * v, k.eps)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ For every parameter a step does the same five things:
     divide     u = signal / noise                                                here, and nowhere else
 
 Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
-update comes back in the gradient's dtype. The learning rate multiplies the signal before the division: an update that
+update comes back in the gradient's dtype. The learning rate divides the noise before the division: an update that
 ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`. Where
 it would end in a product (x / 1, or a trust ratio) a zero is added, see `_numerics.unseen_zero`.
 """

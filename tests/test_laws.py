@@ -173,3 +173,22 @@ def test_the_step_is_proportional_to_the_learning_rate(name):
     g = jnp.asarray([0.5, -3.0])
     one, two = (preset(rate).update(g, preset(rate).init(g), g)[0] for rate in (0.25, 0.5))
     np.testing.assert_array_equal(2 * one, two)
+
+
+RATES = {
+    "number": lambda preset: preset(0.0),
+    "array": lambda preset: preset(jnp.float32(0.0)),
+    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_learning_rate_of_zero_moves_nothing(name, rate):
+    """Not even into NaN: a noise divided by such a rate is infinite."""
+    tx = RATES[rate](cases.PRESETS[name][0])
+    w = jnp.asarray([0.5, -3.0, 0.0])
+    state = tx.init(w)
+    for g in (w, 0 * w, 1e30 * w):
+        updates, state = tx.update(g, state, w)
+        np.testing.assert_array_equal(updates, 0)
