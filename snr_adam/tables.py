@@ -104,7 +104,8 @@ class Table:
             for style, run in itertools.groupby(zip(*drawing, strict=True), lambda block: block[1]):
                 made.append("".join(block for block, _ in run), style)
             yield made
-        colors = "; green: signal, red: an SNR within 2 errors of none" if table.drawings else ""
+        colored = any(style for drawing in table.drawings for style in drawing.styles)
+        colors = "; green: signal, red: an SNR within 2 errors of none" if colored else ""
         yield console.render_str(table.legend + colors, style="dim", markup=False, highlight=False, emoji=False)
 
 
