@@ -1,8 +1,9 @@
 """Signal and noise in an experiment tracker: in TensorBoard, and in plain files that need no tracker at all.
 
 `snr_adam.metrics(opt_state)` is a flat dict of Python floats, which every tracker takes as it is: `wandb.log`,
-`mlflow.log_metrics`, `trackio.log`. What goes where is a few lines for each; here for two that need neither an account
-nor a server:
+`mlflow.log_metrics`, `trackio.log`. For those that take histograms as counts and edges, as `wandb.Histogram` does,
+there is `snr_adam.histograms(opt_state)`. What goes where is a few lines for each; here for two that need neither an
+account nor a server:
 
     TensorBoard    scalars over time, and a histogram over layers: its "distributions" are a heat map of the network
     local files    metrics.csv, for any spreadsheet, and history.npz with every layer, for `snr_adam.History.load`
@@ -124,7 +125,7 @@ def main(args=None) -> None:
         for tracker in trackers:
             tracker.close()
     history.save(options.out / "history.npz")
-    print(f"{len(history)} looks at {len(history.names)} layers in {options.out.resolve()}:")
+    print(f"{history}\n\n{len(history)} looks at {len(history.names)} layers in {options.out.resolve()}:")
     print("   tensorboard/    python3 -m uv tool run tensorboard --logdir", options.out)
     print("   metrics.csv     a row for each look")
     print(f"   history.npz     snr_adam.History.load({str(options.out / 'history.npz')!r})")

@@ -19,6 +19,8 @@ from snr_adam.guard import GuardState as GuardState
 from snr_adam.guard import guard as guard
 from snr_adam.guard import health as health
 from snr_adam.history import History as History
+from snr_adam.loggers import histograms as histograms
+from snr_adam.loggers import metrics as metrics
 from snr_adam.memory import footprint as footprint
 from snr_adam.migration import from_optax as from_optax
 from snr_adam.migration import to_optax as to_optax
@@ -53,7 +55,6 @@ from snr_adam.precision import carry_remainder as carry_remainder
 from snr_adam.precision import round_stochastically as round_stochastically
 from snr_adam.precision import whole_weights as whole_weights
 from snr_adam.reports import Report as Report
-from snr_adam.reports import metrics as metrics
 from snr_adam.reports import report as report
 from snr_adam.sharding import state_sharding as state_sharding
 from snr_adam.sharing import share as share

@@ -10,10 +10,11 @@ A report is what an optimizer tells at one step: one number per layer and quanti
     history.append(report(opt_state))                   every now and then, while training
     history.save("run.npz")                             or .jsonl, one line per report: any tool reads it
     History.load("run.npz").columns["noise"][:, 3]
+    print(history)                                      the SNR of each layer over time, in a line of text
 
-A room of its own because it knows about files and nothing else: a report is anything with `step`, `names`, `columns`
-and `total`. Both formats give back the same bits, also of nan (a quantity that the optimizer does not have) and
-infinities, for which strict JSON has no numbers: there they are null, "inf" and "-inf".
+A room of its own because it knows about files: a report is anything with `step`, `names`, `columns` and `total`. Both
+formats give back the same bits, also of nan (a quantity that the optimizer does not have) and infinities, for which
+strict JSON has no numbers: there they are null, "inf" and "-inf".
 """
 
 import json
@@ -25,6 +26,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from snr_adam import tables
 
 _FORMAT = "snr_adam history, version 1"
 
@@ -56,7 +59,7 @@ class Series(Mapping):
 
 
 class History:
-    """Reports of one run, in the order of their steps.
+    """Reports of one run, in the order of their steps. `str()` draws the SNR of each layer over time, `rich` in colour.
 
     Args:
       reports: reports to begin with, if any.
@@ -115,6 +118,47 @@ class History:
         self._steps.append(step)
         self.columns._append(report.columns)
         self.total._append(report.total)
+
+    def sparklines(self, key: str = "snr", width: int = 40) -> tables.Table:
+        """A quantity over time as text, to print: per layer its first and its last number, and blocks in between.
+
+        Args:
+          key: the quantity. With `rich`, the colours are always those of the SNR.
+          width: the most blocks in a line. Of more reports, several share a block: it shows their median.
+
+        Returns:
+          A `Table`: all layers on one logarithmic scale, which it names; `str()` is text, `rich` draws it in colour.
+
+        Raises:
+          KeyError: if there is no such quantity.
+          ValueError: if the width is less than 1.
+
+        >>> from types import SimpleNamespace
+        >>> values = {10: 8.0, 20: float("nan"), 30: 0.5, 40: 0.01}
+        >>> history = History()
+        >>> for step, x in values.items():
+        ...     history.append(SimpleNamespace(step=step, names=("w",), columns={"snr": [x]}, total={"snr": x}))
+        >>> print(history.sparklines())
+        snr in 4 reports
+        layer  step 10  step 40  over time
+        w            8     0.01  █ ▅▁
+        ----------------------------------
+        total        8     0.01  █ ▅▁
+        ▁ is 0.01 or less, █ 8 or more, logarithmic in between; a gap: no number
+        """
+        return tables.sparklines(self, key, width)
+
+    def _drawn(self) -> tables.Table | str:
+        """The SNR, or what there is in its place."""
+        key = next((key for key in ("snr", *self.total) if key in self.total), None)
+        return f"{len(self)} reports" if key is None else self.sparklines(key)
+
+    def __str__(self) -> str:
+        return str(self._drawn())
+
+    def __rich_console__(self, console, options):
+        """For `rich`: green while there is signal, red where the SNR is within 2 errors of none."""
+        yield self._drawn()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file, as .npz (small, fast) or as .jsonl (text, one line per report) by the end of its name.

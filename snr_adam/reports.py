@@ -30,17 +30,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from snr_adam import _tree, moments
+from snr_adam import _tree, moments, tables
 from snr_adam.averages import newest_weight, solve
-from snr_adam.noise_scale import NoiseScale, from_scalars
+from snr_adam.noise_scale import from_scalars
 from snr_adam.telemetry import ObserveState
 
 _TINY = np.finfo(float).tiny
-_SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "significant", "effective_step", "gradient_norm")
-_GLOBAL = ("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step")
-_GLOBAL += ("update_rms", "gradient_norm", "persistent")
-_SPREAD = ("snr", "pseudo_snr", "significant")
-_BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -151,71 +146,15 @@ class Report:
         return dataclasses.replace(self, names=tuple(kept), columns=raw.columns(self.batch_size), raw=raw)
 
     def __str__(self) -> str:
-        lines = [[name, *cells] for name, cells in zip((*self.names, "total"), self._cells(), strict=True)]
-        heads = ["layer", *_SHOWN, "noise scale"]
-        widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
-        texts = [
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (heads, *lines)
-        ]
-        return "\n".join(
-            [f"step {self.step:,}", texts[0], *texts[1:-1], "-" * len(texts[0]), texts[-1], self._legend()]
-        )
-
-    def _legend(self) -> str:
-        unit = "batches" if self.batch_size is None else "examples"
-        return (
-            "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, floor what noise "
-            "shows;\nsnr a ratio of powers; significant: share of elements, 5% in pure noise; effective_step: rms of "
-            f"the update over that of the parameters; noise scale in {unit}"
-        )
-
-    def _cells(self) -> list[list[str]]:
-        rows = [*self.rows, self.total]
-        return [[*(_text(key, row) for key in _SHOWN), _scale_text(row)] for row in rows]
+        return str(tables.numbers(self))
 
     def __rich_console__(self, console, options):
-        """Markup that `rich` colours: bars for the SNR against the largest, red where there is no signal."""
-        tops = [row["snr"] for row in [*self.rows, self.total] if np.isfinite(row["snr"])]
-        plain = str(self).split("\n")
-        yield f"[bold]{plain[0]}[/bold]"
-        yield f"[bold]{plain[1]}  SNR[/bold]"
-        for text, row in zip([*plain[2 : 2 + len(self.names)], plain[-3]], [*self.rows, self.total], strict=True):
-            dim = not row["snr"] > 2 * row["snr_error"]
-            text = text.replace("[", "\\[")
-            yield f"[{'red' if dim else 'green'}]{text}  {_bar(row['snr'], max(tops, default=0))}[/]"
-        yield f"[dim]{self._legend()}[/dim]"
-
-
-def _bar(x: float, top: float) -> str:
-    """A bar of 8 cells on a logarithmic scale of four decades."""
-    if not np.isfinite(x) or x <= 0 or top <= 0:
-        return ""
-    eighths = round(64 * max(0.0, 1 + math.log10(x / top) / 4))
-    return _BARS[8] * (eighths // 8) + _BARS[eighths % 8].strip()
+        """For `rich`: bars for the SNR against the largest, red where there is no signal."""
+        yield tables.bars(self)
 
 
 def _plain(x) -> float | None:
     return float(x) if np.isfinite(x) else None
-
-
-def _text(key: str, row) -> str:
-    x = row[key]
-    if np.isnan(x):
-        return "-"
-    if key == "significant":
-        return f"{x:.1%}"
-    if key == "snr":
-        return f"{x:.2g} +- {row['snr_error']:.1g}" if np.isfinite(row["snr_error"]) else f"{x:.2g}"
-    return f"{x:.2e}" if key == "effective_step" else f"{x:.3g}"
-
-
-def _scale_text(row) -> str:
-    if np.isnan(row["noise_scale"]):
-        return "-"
-    return str(NoiseScale(row["noise_scale"], row["noise_scale_error"], row["noise_scale_limit"], ""))
 
 
 def _errors(moving, square, rho, decay, newest, q):
@@ -317,42 +256,3 @@ def report(opt_state, batch_size: float | None = None) -> Report:
     step = max(int(_host(state.count)) for state in states)
     every = {key: float(column[0]) for key, column in columns.items()}
     return Report(step, names, raw.columns(batch_size), every, batch_size, raw)
-
-
-def metric_name(name: str) -> str:
-    """A name that W&B, MLflow and TensorBoard take: letters, digits, `_`, `-`, `.` and single slashes."""
-    name = re.sub(r"\[(\w+)\]", r".\1", name)
-    name = re.sub(r"[^\w\-./ ]", "", name).replace(" ", "_")
-    return re.sub(r"/+", "/", name).strip("/")
-
-
-def metrics(
-    opt_state, prefix: str = "snr/", *, layers: bool = False, batch_size: float | None = None
-) -> dict[str, float]:
-    """A flat dict of Python floats for any logger: some twenty numbers for the whole model, whatever its size.
-
-    The totals under their names (`snr/signal`, `snr/snr`, ...), and for the corrected SNR, the pseudo-SNR and the share
-    of significant elements the 10th, 50th and 90th percentile over layers (`snr/snr_p50`). Where a noise scale is
-    beyond its limit there is `snr/noise_scale_limit` and no `snr/noise_scale`; numbers that do not exist are left out.
-
-    Args:
-      opt_state: as in `report`.
-      prefix: put before every key.
-      layers: also every number of every layer, as `snr/snr/layers/kernel`.
-      batch_size: as in `report`.
-
-    Returns:
-      Finite floats by names that W&B, MLflow and TensorBoard take. For histograms over layers, `report(...).columns`.
-    """
-    seen = report(opt_state, batch_size)
-    found = {key: seen.total[key] for key in _GLOBAL}
-    found |= {key: seen.total[key] for key in ("noise_scale", "noise_scale_error", "noise_scale_limit")}
-    for key in _SPREAD:
-        known = seen.columns[key][np.isfinite(seen.columns[key])]
-        if known.size:
-            found |= {f"{key}_p{p}": x for p, x in zip((10, 50, 90), np.percentile(known, (10, 50, 90)), strict=True)}
-    if layers:
-        for row in seen.rows:
-            name = row.pop("name")
-            found |= {metric_name(f"{key}/{name}"): x for key, x in row.items()}
-    return {prefix + key: float(x) for key, x in found.items() if np.isfinite(x)}

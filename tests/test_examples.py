@@ -254,7 +254,9 @@ def test_trackers_are_told_what_the_reports_say(tmp_path, capsys):
             if value and name != "step":
                 assert told[name, step] == pytest.approx(float(value), rel=1e-5)
         assert told["layers/noise", step] == len(history.names)
-    assert str(tmp_path) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(history) in said
+    assert str(tmp_path) in said
 
 
 def test_a_table_takes_numbers_that_come_and_go(tmp_path):

@@ -15,6 +15,7 @@ LAYERS = (
     {"signal", "noise", "storage", "descent", "gate"},
     {"transform"},
     {"noise_scale", "moments", "averages", "sums"},
+    {"tables"},
     {
         "precision",
         "telemetry",
@@ -28,7 +29,7 @@ LAYERS = (
         "history",
     },
     {"reports"},
-    {"control", "advice", "optimizers"},
+    {"control", "advice", "loggers", "optimizers"},
     {"plots", "plan", "files", "__init__"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}

@@ -2,8 +2,11 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import equinox as eqx
+import flax.core
+import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import snr_adam
-from snr_adam.reports import metric_name
+from snr_adam import loggers
+from snr_adam.loggers import BINS, metric_name
 
 PARAMS = {"enc": {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}, "dec": jnp.ones((3, 5))}
 NAMES = ("dec", "enc/b", "enc/w")
@@ -47,6 +52,36 @@ def test_it_is_found_wherever_it_is(name):
     assert got.names == NAMES
     assert np.all(got.columns["gradient_norm"] > 0)
     assert list(got.columns["size"]) == [15, 3, 12]
+
+
+LABELS = {"enc": {"w": "x", "b": "y"}, "dec": "x"}
+PARTS = {
+    "Optax's": lambda: {"x": optax.adam(0.1), "y": optax.lion(0.1)},
+    "ours": lambda: {"x": snr_adam.adamw(0.1, storage="packed"), "y": snr_adam.ademamix(0.1)},
+    "a chain": lambda: {"x": optax.chain(optax.trace(0.9), optax.scale(-0.1)), "y": optax.adam(0.1)},
+    "one without parameters": lambda: {"x": optax.adam(0.1), "y": optax.lion(0.1), "z": optax.adam(0.1)},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_observed_one_by_one_are_reported_together(name):
+    """Each layer's numbers are those of one `observe` around all; the total adds up what the rows hold."""
+    parts = PARTS[name]()
+    got = snr_adam.report(_after(optax.partition({key: snr_adam.observe(tx) for key, tx in parts.items()}, LABELS)))
+    around = snr_adam.report(_after(snr_adam.observe(optax.partition(parts, LABELS))))
+    assert got.names == ("dec", "enc/w", "enc/b")
+    order = [around.names.index(name) for name in got.names]
+    for key, column in got.columns.items():
+        np.testing.assert_allclose(column, around.columns[key][order], rtol=1e-4, err_msg=key)
+    for key in ("signal", "noise", "pseudo_snr", "snr", "gradient_norm", "persistent", "update_rms"):
+        np.testing.assert_allclose(got.total[key], around.total[key], rtol=1e-3, err_msg=key)
+
+
+def test_a_part_that_is_not_observed_has_no_row():
+    got = snr_adam.report(
+        _after(optax.partition({"x": snr_adam.observe(optax.adam(0.1)), "y": optax.sgd(0.1)}, LABELS))
+    )
+    assert got.names == ("dec", "enc/w")
 
 
 def test_masked_leaves_have_no_row():
@@ -100,20 +135,122 @@ def test_metrics_are_plain_finite_floats_under_clean_names():
     assert metric_name("layers/kernel[3]") == "layers/kernel.3"
 
 
-def test_nnx():
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, snr_adam.observe(snr_adam.adamw(0.1)), wrt=nnx.Param)
+def test_histograms_count_every_layer_that_has_a_number():
+    state = _after(snr_adam.observe(optax.adam(0.1)), {f"{i:02}": jnp.ones((2, i + 1)) for i in range(12)})
+    seen, got = snr_adam.report(state), snr_adam.histograms(state)
+    assert set(got) == {f"snr/layers/{key}" for key in BINS}
+    assert not set(got) & set(snr_adam.metrics(state, layers=True))
+    for key, edges in BINS.items():
+        counts, same = got[f"snr/layers/{key}"]
+        np.testing.assert_array_equal(same, edges)
+        assert counts.shape == (len(edges) - 1,)
+        assert counts.sum() == np.sum(~np.isnan(seen.columns[key])) == 12
+    noise, edges = seen.columns["noise"], np.median(seen.columns["noise"]) * np.array([0.5, 1.0, 1.5])
+    counts, _ = snr_adam.histograms(state, "", bins={"noise": edges})["layers/noise"]
+    assert list(counts) == [np.sum(noise < edges[1]), np.sum(noise >= edges[1])]
+
+
+def test_histograms_lose_nothing_but_nan(monkeypatch):
+    """What is outside of the edges is in the bins at the ends, also infinities and what no logarithm shows."""
+    values = np.array([-np.inf, -3.0, 0.0, 1e-30, 2.0, 99.0, 100.0, 1e30, np.inf, np.nan])
+    monkeypatch.setattr(loggers, "report", lambda *_: SimpleNamespace(columns={"snr": values}))
+    counts, edges = snr_adam.histograms(None, bins={"snr": [1, 10, 50, 100]})["snr/layers/snr"]
+    assert list(counts) == [5, 0, 4]
+    assert edges.dtype == float
+
+
+def test_noise_scales_have_histograms_in_examples():
+    state, bins = _after(snr_adam.observe(optax.adam(0.1))), {"noise_scale_limit": np.array([1.0, 10.0, 100.0, 1000.0])}
+    (few, _), (many, _) = (
+        snr_adam.histograms(state, "", bins=bins, batch_size=b)["layers/noise_scale_limit"] for b in (None, 32)
+    )
+    assert (list(few), list(many)) == ([3, 0, 0], [0, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("bins", "message"),
+    [
+        ({"nose": np.ones(2)}, "no quantity 'nose'; there are size, signal"),
+        ({"snr": 30}, "'snr' has the edges 30; give two or more numbers"),
+        ({"snr": [1.0]}, "give two or more"),
+        ({"snr": [1.0, 3.0, 2.0]}, "each above the one before"),
+        ({"snr": [1.0, np.nan]}, "each above the one before"),
+    ],
+)
+def test_bins_that_cannot_be_are_refused(bins, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        snr_adam.histograms(_after(snr_adam.observe(optax.adam(0.1))), bins=bins)
+
+
+HOSTED = {
+    "alone": lambda: snr_adam.observe(snr_adam.adamw(0.1)),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), snr_adam.observe(optax.adam(0.1))),
+    "around a chain": lambda: snr_adam.observe(optax.chain(optax.clip(1.0), snr_adam.adamw(0.1))),
+    "partition": lambda: optax.partition(
+        {"kernel": snr_adam.observe(optax.adam(0.1)), "bias": snr_adam.observe(optax.lion(0.1))},
+        lambda params: jax.tree.map(lambda x: "kernel" if x.ndim == 2 else "bias", params),
+    ),
+}
+X = np.linspace(-1.0, 1.0, 16, dtype="float32").reshape(4, 4)
+
+
+def _loss(y):
+    return jnp.mean((y - np.sin(2 * X)) ** 2)
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_nnx(name):
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(1)))
+    optimizer = nnx.Optimizer(model, HOSTED[name](), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
-        grads = nnx.grad(lambda m: jnp.mean(m(jnp.ones((2, 4))) ** 2))(model)
-        optimizer.update(model, grads)
+        optimizer.update(model, nnx.grad(lambda m: _loss(m(X)))(model))
 
     for _ in range(4):
         step(model, optimizer)
-    for state in (optimizer.opt_state, nnx.as_pure(optimizer.opt_state)):
-        assert snr_adam.report(state).names == ("bias", "kernel")
-    assert snr_adam.report(optimizer.opt_state).step == 4
+    for state in (optimizer, optimizer.opt_state, nnx.as_pure(optimizer.opt_state)):
+        got = snr_adam.report(state)
+        sizes = dict(zip(got.names, got.columns["size"], strict=True))
+        assert sizes == {"layers/0/bias": 3, "layers/0/kernel": 12, "layers/1/bias": 4, "layers/1/kernel": 12}
+        assert got.step == 4
+        assert np.all(got.columns["gradient_norm"] > 0)
+        np.testing.assert_allclose(got.total["gradient_norm"], np.linalg.norm(got.columns["gradient_norm"]), rtol=1e-4)
+
+
+class Mlp(nn.Module):
+    """Linen keeps parameters in a dict, and boxes those that are to be partitioned."""
+
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        x = nn.Dense(3, kernel_init=nn.with_partitioning(init, (None, "x")) if self.boxed else init)(x)
+        return nn.Dense(4)(nn.tanh(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "boxed", "freeze"),
+    [*((name, False, dict) for name in HOSTED), ("alone", True, dict), ("partition", False, flax.core.freeze)],
+)
+def test_linen(name, boxed, freeze):
+    model = Mlp(boxed)
+    params = freeze(model.init(jax.random.key(0), X)["params"])
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=HOSTED[name]())
+
+    @jax.jit
+    def step(state):
+        return state.apply_gradients(grads=jax.grad(lambda p: _loss(state.apply_fn({"params": p}, X)))(state.params))
+
+    for _ in range(4):
+        state = step(state)
+    for part in (state, state.opt_state):
+        got = snr_adam.report(part)
+        sizes = dict(zip(got.names, got.columns["size"], strict=True))
+        assert sizes == {"Dense_0/bias": 3, "Dense_0/kernel": 12, "Dense_1/bias": 4, "Dense_1/kernel": 12}
+        assert got.step == 4
+        np.testing.assert_allclose(got.total["gradient_norm"], np.linalg.norm(got.columns["gradient_norm"]), rtol=1e-4)
 
 
 def test_equinox_and_haiku():
