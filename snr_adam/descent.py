@@ -64,10 +64,9 @@ class Descent(NamedTuple):
             u = divide(times(x, k), noise)
             u = u + times(p, decay) if decays else u
             return times(u, -alpha * _trust_ratio(p, u)) + zero
-        if isinstance(noise, float):  # 1: nothing divides
-            u = times(x, -alpha * k) + zero
-        else:  # the scalars come first and on the noise's side, so that equal loops are equal to the compiler as well
-            u = divide(x, _minus_inverse(alpha * k) * noise)
+        # the scalars come first and on the noise's side, so that equal loops are equal to the compiler as well
+        divides = not isinstance(noise, float)  # by 1
+        u = divide(x, _minus_inverse(alpha * k) * noise) if divides else times(x, -alpha * k) + zero
         return u - times(p, alpha * decay) if decays else u
 
 
