@@ -27,17 +27,29 @@ def _whole(x):
     return jax.sharding.reshard(x, jax.P()) if any(part is not None for part in spec) else x
 
 
-def together(xs, axis):
-    """`_sum` of several arrays of one shape, in one pass: what they share is computed once and stored nowhere."""
-    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+def together(xs, axis, chains: int = 1):
+    """`_sum` of several arrays of one shape, in one pass: what they share is computed once and stored nowhere.
+
+    Each addition waits for the one before it. With `chains` = 4 a row makes four sums, of every fourth element, side by
+    side: less waiting, and more code to compile.
+    """
+    number, xs = len(xs), [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
     xs = [x[None] if x.ndim == 0 else x for x in xs]
     last = xs[0].ndim - 1
     rows = np.gcd(xs[0].shape[0], 4096) if last == 0 and axis is None else 1
     if rows > 1 and jax.typeof(xs[0]).sharding.spec[0] is None:  # in rows, to sum them side by side
         xs, last = [x.reshape(rows, -1) for x in xs], 1
     over = (last,) if axis != last else tuple(range(last))
+    if chains > 1 and over == (last,) and _is_long_and_whole(xs[0]):
+        xs = [x.reshape(*x.shape[:-1], -1, chains)[..., i] for x in xs for i in range(chains)]
     sums = jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, over) if over else tuple(xs)
+    sums = [sum(sums[i + 1 : i + len(sums) // number], sums[i]) for i in range(0, len(sums), len(sums) // number)]
     return [_sum(x, axis if over == (last,) else 0) for x in sums]
+
+
+def _is_long_and_whole(x) -> bool:
+    """Whether the last axis can be cut in a fixed way, whatever mesh it is spread over: up to 128 devices."""
+    return x.shape[-1] % 512 == 0 and x.size > 0 and jax.typeof(x).sharding.spec[-1] is None
 
 
 def apart(xs, axis):

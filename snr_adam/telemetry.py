@@ -254,9 +254,10 @@ def observe(
             power, product = [], []
             for leaf in observed:
                 g, (m, _) = widen(_tree.as_array(leaves[leaf.number])), before[leaf.number].read()
+                both = [abs_sq(g), sums.inner(m, g)]
                 # two vectorised passes are faster, but would store what a word decodes to
-                add_up = sums.together if before[leaf.number].is_packed else sums.apart
-                a, x = add_up([abs_sq(g), sums.inner(m, g)], leaf.axis)
+                packed = before[leaf.number].is_packed
+                a, x = sums.together(both, leaf.axis, chains=4) if packed else sums.apart(both, leaf.axis)
                 power.append(a)
                 product.append(x)
             total = state.weights.first

@@ -5,6 +5,7 @@ Truth is known where gradients are drawn: g = G + x with |G|^2 / tr(Sigma) given
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.export
@@ -215,6 +216,26 @@ def test_sharded_and_replicated_report_the_same(axis_type):
     assert got.names == want.names
     for key in want.columns:
         np.testing.assert_allclose(got.columns[key], want.columns[key], rtol=2e-3, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_an_observation_is_one_all_reduce(storage):
+    """However many leaves there are: one in the branch that observes, one in the rarer one that examines as well."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    params = [jax.ShapeDtypeStruct((16, 512), jnp.float32, sharding=rows) for _ in range(7)]
+    tx = snr_adam.observe(snr_adam.adamw(0.1, storage=storage), every=10)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    text = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile().as_text()
+    names = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    assert names == ["all-reduce"] * 2
+    branches = [part for part in text.split("\n\n") if " all-reduce(" in part]
+    assert len(branches) == 2
+    assert not any("ENTRY" in part for part in branches)
 
 
 with contextlib.suppress(ValueError):  # Optax leaves this to its users; raises if it is done
