@@ -117,7 +117,7 @@ def _elements(g, old, new, p, u, least, leaf: _Leaf):
         shape = [1] * g.ndim
         if leaf.axis is not None:
             shape[leaf.axis] = -1
-        return x[leaf.part].reshape(shape)
+        return x.reshape(shape)
 
     (m, v), (m1, v1) = old, new
     hits = counted = jnp.zeros((), jnp.float32)
@@ -251,18 +251,16 @@ def observe(
 
         def look():
             before: list[Any] = find(state.inner, outer, leaves)
-            power, product = [], []
+            parts = []
             for leaf in observed:
                 g, (m, _) = widen(_tree.as_array(leaves[leaf.number])), before[leaf.number].read()
                 both = [abs_sq(g), sums.inner(m, g)]
                 # two vectorised passes are faster, but would store what a word decodes to
                 packed = before[leaf.number].is_packed
-                a, x = sums.together(both, leaf.axis, chains=4) if packed else sums.apart(both, leaf.axis)
-                power.append(a)
-                product.append(x)
+                parts.append(sums.together(both, leaf.axis, chains=4) if packed else sums.apart(both, leaf.axis))
+            power, product = sums.join(parts, 2)
             total = state.weights.first
-            product = sums.join(product, 0) / jnp.where(total > 0, total, 1.0)
-            return averages.average(state, sums.join(power, 0), product)
+            return averages.average(state, power, product / jnp.where(total > 0, total, 1.0))
 
         def examine():
             us, inner = tx.update(updates, state.inner, params, **extra_args)
@@ -271,13 +269,18 @@ def observe(
             after: list[Any] = find(inner, outer, leaves)
             learnt = averages.solve(state.first, ones), averages.solve(state.second, 1.0)
             least = averages.level(*learnt, state.weights) * state.weights.square / state.weights.second
+            # out of a branch that is always taken: the compiler then sees equal loops over equal shapes
+            leasts = jax.lax.cond(
+                state.count < 0,
+                lambda: [jnp.zeros_like(least[leaf.part]) for leaf in observed],
+                lambda: [least[leaf.part] for leaf in observed],
+            )
             rows = []
-            for leaf in observed:
+            for leaf, each in zip(observed, leasts, strict=True):
                 i = leaf.number
                 moments = before[i].read(), after[i].read()
-                rows.append(_elements(widen(_tree.as_array(leaves[i])), *moments, ps[i], us[i], least, leaf))
-            columns = zip(*rows, strict=True) if rows else [[]] * 12
-            return averages.examine(state, [sums.join(list(column), 0) for column in columns])
+                rows.append(_elements(widen(_tree.as_array(leaves[i])), *moments, ps[i], us[i], each, leaf))
+            return averages.examine(state, sums.join(rows, 12))
 
         t = optax.safe_increment(state.count)
         due = (state.count % every == 0) | (state.count < _EARLY)
