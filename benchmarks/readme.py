@@ -19,6 +19,8 @@ ROWS = {
     "bfloat16 nearest": ("bfloat16 rounded to nearest, by hand", "bfloat16 nearest", "nothing: v stalls"),
     "snr_adam.adamw packed": ('`storage="packed"`', "packed", "everything else: half the memory"),
     "snr_adam.adamw packed, flat": ("the same, one flat vector", "packed", ""),
+    "optax.adam, 512 bits": ("`optax.adam`, compiled for 512-bit vectors", None, ""),
+    "snr_adam.adamw packed, 512 bits": ('`storage="packed"`, likewise', "packed", ""),
     "snr_adam.adamw packed + remainder 8": (
         '`carry_remainder(..., "8")`, packed',
         "packed",
@@ -105,6 +107,36 @@ def storage_table() -> str:
         f"depends on the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an "
         "earlier version, one flat leaf, `benchmarks/results/step-amd-epyc.json`) it took "
         f"{packed[0]} and {packed[1]} of `optax.adam`'s time.",
+    ]
+    return "\n".join(lines)
+
+
+def observe_table() -> str:
+    """What telemetry adds to a step, and to its compilation."""
+    results = load("observe")
+    trees = list(dict.fromkeys(row["tree"] for row in results["rows"]))
+    found = {(row["contender"], row["tree"]): row for row in results["rows"]}
+    lines = [
+        "| watched | " + " | ".join(f"time, {tree}" for tree in trees) + " | temporaries | compiled in |",
+        "|---|" + "--:|" * (len(trees) + 2),
+    ]
+    for storage in ("float32", "packed"):
+        for every, words in ((None, "nothing"), (10, "every=10"), (1, "every=1")):
+            name = f"observe {storage} every {every}" if every else f"snr_adam.adamw {storage}"
+            rows = [found[name, tree] for tree in trees]
+            times = " | ".join(f"{row['ratio']:.2f}" for row in rows)
+            most = max(row["bytes_temporary"] for row in rows)
+            seconds = " / ".join(f"{row['compile_s']:.1f}" for row in rows)
+            lines.append(f"| {storage}, {words} | {times} | {most:.1f} | {seconds} s |")
+    machine, row = results["machine"], results["rows"][0]
+    lines += [
+        "",
+        "Time of a step over that of the same AdamW unwatched, means over "
+        f"{row['rounds'] * row['steps_per_round']} steps long after the start, among them one of the rarer steps that "
+        "look at everything; temporaries in bytes per parameter. An observation reads 12 bytes per parameter. One leaf "
+        "of 4096 x 4096, and the 149 leaves of GPT-2 (124M parameters); "
+        f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by "
+        "`benchmarks/step.py observe`.",
     ]
     return "\n".join(lines)
 
@@ -201,6 +233,7 @@ def render(text: str) -> str:
     tables = {
         "chain": chain_table(),
         "signal": signal_table(),
+        "observe": observe_table(),
         "storage": storage_table(),
         "quality": quality_table(load("char_lm")),
         "digits_quality": digits_quality_table(load("quality")),

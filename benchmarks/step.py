@@ -52,6 +52,8 @@ STORAGES = against(
     "snr_adam.adamw bfloat16",
     "snr_adam.adamw packed",
     "snr_adam.adamw packed, flat",
+    "optax.adam, 512 bits",
+    "snr_adam.adamw packed, 512 bits",
     "snr_adam.adamw packed + remainder 16",
     "snr_adam.adamw packed + remainder 8",
     "torch.AdamW fused",
@@ -66,7 +68,7 @@ BOTH = ["float32", "bfloat16"]
 TABLES = {
     "chain": Table(against("optax chain", "guard float32", "guard bfloat16", "guard packed"), ["4096x4096"], BOTH),
     "storages": Table(STORAGES, ["4096x4096"], BOTH),
-    "observe": Table(OBSERVED, ["4096x4096"], ["float32"], rounds=10, steps=64, mean=True),
+    "observe": Table(OBSERVED, ["4096x4096", "gpt2"], ["float32"], rounds=10, steps=64, mean=True),
     "presets": Table(
         against("optax.adamw", *(f"snr_adam.{p}" for p in PRESETS)), ["2048x2048"], ["float32"], rounds=20
     ),
