@@ -57,15 +57,18 @@ OPTIMIZERS = {
 WIDE = ", 512 bits"  # a contender compiled for vectors of that width, of which a CPU has them or not
 
 
-class Step:
-    """A contender in JAX: `build` traces, lowers, compiles and takes a first step; then `run` takes n.
+def company(leaves: int) -> list:
+    """Twenty small arrays for a step of few leaves to take the sine of.
 
-    A step of few arrays has company, twenty sines of eight numbers. XLA for CPU takes a program of a handful of parts
-    one part after the other and a longer one, such as any training step is, in another way, which is slower by some 5
-    to 15 % for everyone here. Without company what is measured would depend on how many small parts a contender adds.
+    XLA for CPU takes a program of a handful of parts one part after the other and a longer one, such as any training
+    step is, in another way, which is slower. Without company what is measured would depend on how many small parts a
+    contender adds.
     """
+    return [jnp.ones(8) for _ in range(20)] if leaves < 20 and jax.default_backend() == "cpu" else []
 
-    COMPANY = 20
+
+class Step:
+    """A contender in JAX: `build` traces, lowers, compiles and takes a first step; then `run` takes n."""
 
     def __init__(self, name: str, shapes, dtype: str):
         self.tx = OPTIMIZERS[name.removesuffix(WIDE)]()
@@ -78,8 +81,7 @@ class Step:
             return {str(i): jnp.asarray(x * np.float32(by), dtype) for i, x in enumerate(normal)}
 
         self.params, self.grads = draw(0.1), draw(0.01)
-        alone = len(shapes) >= self.COMPANY or jax.default_backend() != "cpu"
-        self.others = [] if alone else [jnp.ones(8) for _ in range(self.COMPANY)]
+        self.others = company(len(shapes))
         self.state = self.tx.init(self.params)
         if isinstance(self.state, snr_adam.ObserveState):  # long after the start, when examinations are rarest
             self.state = self.state._replace(count=jnp.int32(5120), seen=jnp.int32(512))
@@ -89,7 +91,7 @@ class Step:
 
         def step(params, state, others, grads):  # donated arguments and results in one order: XLA pairs by position
             updates, state = self.tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, [jnp.sin(x) for x in others]
+            return optax.apply_updates(params, updates), state, list(map(jnp.sin, others))
 
         jax.clear_caches()
         marks = [time.perf_counter()]
@@ -130,10 +132,10 @@ class Copy(Step):
 
         def step(params, words, others, grads):
             words = words ^ grads
-            return params ^ words.astype(bits), words, [jnp.sin(x) for x in others]
+            return params ^ words.astype(bits), words, list(map(jnp.sin, others))
 
         self.params, self.state, self.grads = (jnp.full(self.count, 1, kind) for kind in (bits, jnp.uint32, bits))
-        self.others = [jnp.ones(8) for _ in range(self.COMPANY)]
+        self.others = company(1)
         self.lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(self.params, self.state, self.others, self.grads)
 
     def build(self) -> dict:

@@ -5,9 +5,12 @@ python benchmarks/readme.py --check    fails if README.md is not what the result
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
+
+from trees import tree_shapes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +49,11 @@ CONTENDERS = {
 }
 
 
+def where(machine: dict) -> str:
+    """The machine of a result, in words."""
+    return f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}"
+
+
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -67,7 +75,7 @@ def chain_table() -> str:
     return "\n".join(lines) + (
         f"\n\nTime of a step over that of Optax's chain, medians of {row['rounds']} rounds of one run, parameters and "
         "gradients of the dtype named; bytes per float32 parameter by XLA's count; 16.8M parameters in one leaf of "
-        f"4096 x 4096, {machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by "
+        f"4096 x 4096, {where(machine)}. Made by "
         "`benchmarks/step.py chain` and `benchmarks/readme.py`."
     )
 
@@ -102,7 +110,7 @@ def storage_table() -> str:
         "6,000 steps after gradients shrank tenfold, as a multiple of float32's (1 is right); time of a step relative "
         "to `optax.adam` in the same run, for 16.8M parameters in one leaf of 4096 x 4096, parameters and gradients of "
         "the dtype named, "
-        f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by `benchmarks/step.py`, "
+        f"{where(machine)}. Made by `benchmarks/step.py`, "
         "`benchmarks/storage.py` and `benchmarks/readme.py`. How fast the words of `packed` are hashed and decoded "
         f"depends on the processor: on {other['machine']['cores']} cores of {other['machine']['processor']} (an "
         "earlier version, one flat leaf, `benchmarks/results/step-amd-epyc.json`) it took "
@@ -128,14 +136,15 @@ def observe_table() -> str:
             most = max(row["bytes_temporary"] for row in rows)
             seconds = " / ".join(f"{row['compile_s']:.1f}" for row in rows)
             lines.append(f"| {storage}, {words} | {times} | {most:.1f} | {seconds} s |")
-    machine, row = results["machine"], results["rows"][0]
+    row, shapes = results["rows"][0], tree_shapes("gpt2")
     lines += [
         "",
         "Time of a step over that of the same AdamW unwatched, means over "
         f"{row['rounds'] * row['steps_per_round']} steps long after the start, among them one of the rarer steps that "
-        "look at everything; temporaries in bytes per parameter. An observation reads 12 bytes per parameter. One leaf "
-        "of 4096 x 4096, and the 149 leaves of GPT-2 (124M parameters); "
-        f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}. Made by "
+        "look at everything; temporaries in bytes per parameter. An observation reads 12 bytes per parameter, packed "
+        f"8. One leaf of 4096 x 4096, and the {len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M "
+        "parameters); "
+        f"{where(results['machine'])}. Made by "
         "`benchmarks/step.py observe`.",
     ]
     return "\n".join(lines)
@@ -168,7 +177,7 @@ def note_run_table(results: dict) -> str:
         f"Accuracy on {results['held_out']} digits held out, standard error {error:.1%}. "
         + (f"† {parts.pop():,} updates: time extrapolated, accuracy after as many. " if parts else "")
         + (f"PyTorch with {' or '.join(torch).replace('1 threads', '1 thread')}, the faster choice. " if torch else "")
-        + f"{machine['cores']} cores of {machine['processor']}, jax {machine['jax']}"
+        + where(machine)
         + "".join(f", {name} {machine[name]}" for name in ("torch", "keras") if name in machine)
         + ". Made by `benchmarks/note_run.py`.",
     ]

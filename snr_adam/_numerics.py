@@ -172,22 +172,27 @@ class Seed(NamedTuple):
     between: jax.Array
 
 
-def seeds_at(count, arrays: int) -> list[Seed]:
-    """The seeds of so many arrays at step `count`.
+def hidden(count, make: Callable[[], Any]) -> Any:
+    """make(), a tree of arrays; on CPU out of a branch that is always taken, for `count` is never negative.
 
-    On CPU an array's words are handed out by a branch that is always taken, which hides from the compiler that they
-    are constants. Then the loops over arrays of one shape are equal, and XLA compiles them once.
+    The compiler then does not see constants, or places in a vector, that differ from leaf to leaf. The loops over
+    arrays of one shape are equal, and XLA compiles them once.
     """
+
+    def behind_a_branch(count):
+        return jax.lax.cond(count < 0, lambda: jax.tree.map(jnp.zeros_like, make()), make)
+
+    return jax.lax.platform_dependent(count, cpu=behind_a_branch, default=lambda count: make())
+
+
+def seeds_at(count, arrays: int) -> list[Seed]:
+    """The seeds of so many arrays at step `count`."""
     with np.errstate(over="ignore"):
         words = tuple(mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
-    hidden = jax.lax.platform_dependent(
-        count,
-        cpu=lambda count: jax.lax.cond(count < 0, lambda: words[::-1], lambda: words),
-        default=lambda count: words,
-    )
+    given = hidden(count, lambda: words)
     before = mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
     between = mix(before)
-    return [Seed(before ^ x, between ^ y) for x, y in zip(hidden[::2], hidden[1::2], strict=True)]
+    return [Seed(before ^ x, between ^ y) for x, y in zip(given[::2], given[1::2], strict=True)]
 
 
 def element_index(shape: tuple[int, ...]) -> jax.Array:

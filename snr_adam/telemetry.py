@@ -52,7 +52,7 @@ import numpy as np
 import optax
 
 from snr_adam import _tree, averages, sums
-from snr_adam._numerics import abs_sq, widen
+from snr_adam._numerics import abs_sq, hidden, widen
 from snr_adam.averages import Detail, Moving, Recursion, Weights
 from snr_adam.moments import find, kinds_in, rounds_in_one_way
 
@@ -202,7 +202,7 @@ def observe(
       tx: any optimizer with a first moment: one of this package, `optax.adamw`, `optax.lion`, `optax.sgd` with
         momentum, a chain, ... It may also be a part of a larger one: inside `optax.MultiSteps` it sees the mean
         gradients, which is right; behind a clip the clipped ones, before it the raw ones.
-      every: observe one step in so many. 10 costs a tenth as much; the averages then reach ten times as far back.
+      every: observe one step in so many. 10 looks a tenth as often; the averages then reach ten times as far back.
       layer_axis: the axis along which leaves stack layers (as scanned layers do), to report each layer by itself: an
         int for all leaves, a dict from patterns (regular expressions, searched in "layers/kernel") to ints, or None.
 
@@ -269,12 +269,7 @@ def observe(
             after: list[Any] = find(inner, outer, leaves)
             learnt = averages.solve(state.first, ones), averages.solve(state.second, 1.0)
             least = averages.level(*learnt, state.weights) * state.weights.square / state.weights.second
-            # out of a branch that is always taken: the compiler then sees equal loops over equal shapes
-            leasts = jax.lax.cond(
-                state.count < 0,
-                lambda: [jnp.zeros_like(least[leaf.part]) for leaf in observed],
-                lambda: [least[leaf.part] for leaf in observed],
-            )
+            leasts = hidden(state.count, lambda: [least[leaf.part] for leaf in observed])
             rows = []
             for leaf, each in zip(observed, leasts, strict=True):
                 i = leaf.number

@@ -1,12 +1,12 @@
 """What the README says is true: its code runs, its numbers are those of the results."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,5 @@ def test_the_code_trains(code):
 
 
 def test_the_numbers_are_those_of_the_results():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    readme = script("benchmarks", "readme")
     assert readme.render(README) == README, "run benchmarks/readme.py"
