@@ -36,10 +36,11 @@ weights a_s and of their squares follow by recursion.
 
 *Cost* (memory traffic). All is read from the state before the step, under a `lax.cond`. The gradient given to the
 optimizer waits for it, through a zero that no compiler can know: without that XLA copies the moments and the parameters
-before it overwrites them. A and L read 12 bytes per float32 parameter; the rest is one more pass, which asks the
-optimizer for the step it is about to take, made at the first 16 observations and then ever more rarely, down to one
-in 64. Optax's own averages, b m + (1-b) g, have two products, and which of them XLA fuses with the addition changes
-with the program around them: such an optimizer does not wait. Its bits stay the same and the copies are made.
+before it overwrites them. A and L are one pass over g and m, leaf by leaf, of which a sixteenth is kept until it is
+summed. The rest is one more pass, which asks the optimizer for the step it is about to take, made at the first 16
+observations and then ever more rarely, down to one in 64. Optax's own averages, b m + (1-b) g, have two products, and
+which of them XLA fuses with the addition changes with the program around them: such an optimizer does not wait. Its
+bits stay the same and the copies are made.
 """
 
 import re
@@ -254,10 +255,7 @@ def observe(
             parts = []
             for leaf in observed:
                 g, (m, _) = widen(_tree.as_array(leaves[leaf.number])), before[leaf.number].read()
-                both = [abs_sq(g), sums.inner(m, g)]
-                # two vectorised passes are faster, but would store what a word decodes to
-                packed = before[leaf.number].is_packed
-                parts.append(sums.together(both, leaf.axis, chains=4) if packed else sums.apart(both, leaf.axis))
+                parts.append(sums.in_vectors([abs_sq(g), sums.inner(m, g)], leaf.axis, parts[-1] if parts else None))
             power, product = sums.join(parts, 2)
             total = state.weights.first
             return averages.average(state, power, product / jnp.where(total > 0, total, 1.0))

@@ -1,4 +1,4 @@
-"""Sums over leaves: together, apart, in chains and in rows they are the same sums, of every shape."""
+"""Sums over leaves: together or in vectors they are the same sums, of every shape."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ from snr_adam import sums
 CASES = [
     *(((), None), ((1,), None), ((7,), None), ((4096 * 2,), None), ((4096 * 64,), None), ((0, 3), None)),
     *(((3, 5), None), ((3, 5), 0), ((3, 5), 1), ((6, 128), None), ((6, 128), 0), ((6, 128), 1)),
+    *(((64 * 16, 64), None), ((64 * 17 + 1, 64), None), ((1028, 72), None), ((1032, 64), 1), ((64 * 16, 64), 0)),
+    *(((2, 512, 65), 0), ((2, 513, 64), 2), ((2, 512, 64), 1), ((2**16,), None), ((2**17 + 64 * 8,), None)),
     *(((2, 3, 64), None), ((2, 3, 64), 1), ((2, 3, 64), 2), ((2, 64, 3), 0)),
 ]
 HOW = {
     "together": lambda xs, axis: sums.together(xs, axis),
-    "in chains": lambda xs, axis: sums.together(xs, axis, chains=4),
-    "apart": lambda xs, axis: sums.apart(xs, axis),
+    "in vectors": lambda xs, axis: sums.in_vectors(xs, axis),
 }
 
 
@@ -26,6 +27,25 @@ def test_every_element_is_summed_once(shape, axis, how):
     over = tuple(i for i in range(len(shape)) if i != axis)
     expected = np.array([np.sum(x, over).reshape(-1) for x in map(np.asarray, xs)])
     np.testing.assert_array_equal(jax.jit(HOW[how], static_argnums=1)(xs, axis), expected)
+
+
+def test_one_device_holds_the_rows_of_one_array_at_a_time(monkeypatch):
+    """And the sums are the same bits as where several devices take them side by side."""
+    xs = [jnp.sin(jnp.arange(2.0**18) + i).reshape(512, 512) for i in range(8)]
+
+    def total(xs):
+        parts: list = []
+        for x in xs:
+            parts.append(sums.in_vectors([x * x, x], None, parts[-1] if parts else None))
+        return sums.join(parts, 2)
+
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    several = jax.jit(lambda xs: total(xs)).lower(xs).compile()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    one = jax.jit(lambda xs: total(xs)).lower(xs).compile()
+    np.testing.assert_array_equal(one(xs), several(xs))
+    held = [x.memory_analysis().temp_size_in_bytes / xs[0].nbytes for x in (one, several)]
+    assert held[0] < 0.2 < 0.9 < held[1]  # 2 / 16 of one array, or of each
 
 
 def test_leaves_are_joined_side_by_side():

@@ -159,9 +159,9 @@ def _compiled(tx, shape=BIG):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("snr_adam.adamw", 28),  # A: g. L: g and m. Rarely, one pass over g, m, v and p.
-        ("snr_adam.adamw, packed", 20),
-        ("optax.sgd", 24),
+        ("snr_adam.adamw", 25),  # g and m, and the sums of 16 rows twice. Rarely, one pass over g, m, v and p.
+        ("snr_adam.adamw, packed", 21),
+        ("optax.sgd", 21),
     ],
 )
 def test_no_temporaries_and_no_byte_too_many(name, extra):
@@ -169,7 +169,7 @@ def test_no_temporaries_and_no_byte_too_many(name, extra):
     plain, observed = _compiled(OPTIMIZERS[name]()), _compiled(snr_adam.observe(OPTIMIZERS[name](), 10))
     size = np.prod(BIG)
     temporary = [x.memory_analysis().temp_size_in_bytes / size for x in (plain, observed)]
-    assert temporary[1] < temporary[0] + 0.25  # a row sum per 1,024 elements and column
+    assert temporary[1] < temporary[0] + 0.6  # of two arrays a sixteenth, of the one leaf that is being summed
     moved = [x.cost_analysis()["bytes accessed"] / size for x in (plain, observed)]
     assert moved[1] - moved[0] < extra + 1
 
