@@ -141,11 +141,10 @@ def observe_table() -> str:
         "",
         "Time of a step over that of the same AdamW unwatched, means over "
         f"{row['rounds'] * row['steps_per_round']} steps long after the start, among them one of the rarer steps that "
-        "look at everything; temporaries in bytes per parameter. An observation reads 12 bytes per parameter, packed "
-        f"8. One leaf of 4096 x 4096, and the {len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M "
-        "parameters); "
-        f"{where(results['machine'])}. Made by "
-        "`benchmarks/step.py observe`.",
+        "look at everything; temporaries in bytes per parameter. An observation reads 8 bytes per parameter, of the "
+        "28 that a step reads with float32 storage and the 16 with packed. One leaf of 4096 x 4096, and the "
+        f"{len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M parameters); "
+        f"{where(results['machine'])}. Made by `benchmarks/step.py observe`.",
     ]
     return "\n".join(lines)
 

@@ -40,23 +40,23 @@ def in_vectors(xs, axis, after=None):
     """The same for a few sums of a large array, twice as fast: sixteen rows at a time are added to one.
 
     XLA for CPU adds one number after the other, each addition waiting for the one before. A sum of sixteen it unrolls,
-    and then adds vectors. The rows between take a sixteenth of the space of each array. `after` are finite sums to
-    be known first, so that only one array's rows are in memory at a time; between devices that would cost time.
+    and then adds vectors. The rows between take a sixteenth of the space of each array. On one device `after`, finite
+    sums that are to be known first, keeps those of several arrays from being in memory together.
     """
-    rows_of = xs if axis is not None else _in_rows(xs, xs[0].size // np.gcd(xs[0].size, 4096))
-    *before, rows, width = (1, 1, *rows_of[0].shape)
-    at = rows_of[0].ndim - 2
-    if at < 0 or axis == at or rows * width < 2**16 or width < 64 or _spec(rows_of[0])[at] is not None:
+    in_rows = xs if axis is not None else _in_rows(xs, xs[0].size // np.gcd(xs[0].size, 4096))
+    *outer, rows, width = (1, 1, *in_rows[0].shape)
+    at, devices = in_rows[0].ndim - 2, jax.device_count()
+    rest = rows % (_ROWS * devices)
+    small = at < 0 or rows * width < 2**16 or width < 64
+    uneven = rest and devices > 1  # a device may have rows that do not make sixteens
+    if small or uneven or axis == at or _spec(in_rows[0])[at] is not None:
         return together(xs, axis)
-    # what divides the number of rows: on up to 16 devices each adds rows of its own. An odd number is not shared out
-    by = _ROWS if rows % 8 else np.gcd(rows, _ROWS)
-    rest = rows % by
-    bodies = [jax.lax.slice_in_dim(x, 0, rows - rest, axis=at) for x in rows_of]
-    start = np.float32(0) if after is None or jax.device_count() > 1 else 0 * after[0, 0]
-    added = _reduce([x.reshape(*before[2:], -1, by, width) for x in bodies], (at + 1,), start)
+    start = np.float32(0) if after is None or devices > 1 else 0 * after[0, 0]
+    bodies = [jax.lax.slice_in_dim(x, 0, rows - rest, axis=at) for x in in_rows]
+    added = _reduce([x.reshape(*outer[2:], -1, _ROWS, width) for x in bodies], (at + 1,), start)
     total = jnp.stack([_sum(x, axis) for x in added])
     if rest:
-        total += together([jax.lax.slice_in_dim(x, rows - rest, rows, axis=at) for x in rows_of], axis)
+        total += together([jax.lax.slice_in_dim(x, rows - rest, rows, axis=at) for x in in_rows], axis)
     return total
 
 

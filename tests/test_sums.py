@@ -1,9 +1,14 @@
 """Sums over leaves: together or in vectors they are the same sums, of every shape."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from snr_adam import sums
 
@@ -20,13 +25,40 @@ HOW = {
 }
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
-def test_every_element_is_summed_once(shape, axis, how):
+def test_every_element_is_summed_once(shape, axis, how, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     xs = [jnp.asarray(np.random.default_rng(i).integers(-8, 9, shape), jnp.float32) for i in range(3)]
     over = tuple(i for i in range(len(shape)) if i != axis)
     expected = np.array([np.sum(x, over).reshape(-1) for x in map(np.asarray, xs)])
-    np.testing.assert_array_equal(jax.jit(HOW[how], static_argnums=1)(xs, axis), expected)
+    np.testing.assert_array_equal(jax.jit(lambda xs: HOW[how](xs, axis))(xs), expected)
+
+
+SHARED = [
+    *(
+        ((1024, 512), P("x")),
+        ((1024, 512), P(None, "x")),
+        ((1032, 512), P("x")),
+        ((1040, 512), P("x")),
+        ((1004, 512), P("x")),
+    ),
+    *(((1025, 512), P(None, "x")), ((2**18,), P("x")), ((2**18 + 1024,), P("x"))),
+]
+
+
+@pytest.mark.parametrize(("shape", "spec"), SHARED, ids=str)
+def test_devices_exchange_their_sums_and_nothing_else(shape, spec):
+    """Whether or not the number of rows suits the devices, which the compiler alone knows."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = jax.jit(lambda g: sums.in_vectors([g * g, g], None)).lower(x).compile().as_text()
+    operations = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    sent = re.findall(rf" = (\(.*?\)|\S+) (?:{operations})(?:-start)?\(", text)
+    assert sent
+    sizes = [math.prod(map(int, filter(None, found.split(",")))) for found in re.findall(r"f32\[([\d,]*)\]", str(sent))]
+    assert max(sizes) < x.size / 64
 
 
 def test_one_device_holds_the_rows_of_one_array_at_a_time(monkeypatch):
