@@ -30,13 +30,9 @@ class Moments(NamedTuple):
     nu: Any
     is_sum: bool
 
-    @property
-    def is_packed(self) -> bool:
-        return self.mu.dtype == jnp.uint32
-
     def read(self) -> tuple[Any, Any]:
         """m and v, as numbers to compute with."""
-        if self.is_packed:
+        if self.mu.dtype == jnp.uint32:
             return Packed().decode(self.mu, (), jnp.float32)
         return widen(self.mu), None if self.nu is None else widen(self.nu)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from snr_adam import sums
 
 CASES = [
-    *(((), None), ((1,), None), ((7,), None), ((4096 * 2,), None), ((4096 * 64,), None), ((0, 3), None)),
+    *(((), None), ((0,), None), ((1,), None), ((7,), None), ((4096 * 2,), None), ((4096 * 64,), None), ((0, 3), None)),
     *(((3, 5), None), ((3, 5), 0), ((3, 5), 1), ((6, 128), None), ((6, 128), 0), ((6, 128), 1)),
     *(((64 * 16, 64), None), ((64 * 17 + 1, 64), None), ((1028, 72), None), ((1032, 64), 1), ((64 * 16, 64), 0)),
     *(((2, 512, 65), 0), ((2, 513, 64), 2), ((2, 512, 64), 1), ((2**16,), None), ((2**17 + 64 * 8,), None)),
@@ -36,15 +36,19 @@ def test_every_element_is_summed_once(shape, axis, how, devices, monkeypatch):
     np.testing.assert_array_equal(jax.jit(lambda xs: HOW[how](xs, axis))(xs), expected)
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_doubles_are_summed_as_floats(how):
+    with jax.enable_x64(True):
+        x = jnp.ones((512, 512), jnp.float64)
+        total = HOW[how]([x, 2 * x], None)
+    assert total.dtype == jnp.float32
+    np.testing.assert_array_equal(total, [[2**18], [2**19]])
+
+
 SHARED = [
-    *(
-        ((1024, 512), P("x")),
-        ((1024, 512), P(None, "x")),
-        ((1032, 512), P("x")),
-        ((1040, 512), P("x")),
-        ((1004, 512), P("x")),
-    ),
-    *(((1025, 512), P(None, "x")), ((2**18,), P("x")), ((2**18 + 1024,), P("x"))),
+    *(((rows, 512), P("x")) for rows in (1024, 1032, 1040, 1004)),  # 1,040 are sixteens, but not on each of 4 devices
+    *(((rows, 512), P(None, "x")) for rows in (1024, 1025)),
+    *(((size,), P("x")) for size in (2**18, 2**18 + 1024)),
 ]
 
 
