@@ -76,9 +76,9 @@ def train(carry, keys, steps, x, y, graph, tx):
 def share(carry):
     """The carry with noise shared as the first seed's state suggests, and the suggestion."""
     first = jax.tree.map(lambda leaf: leaf[0], carry)
-    suggestion = snr_adam.suggest_sharing(first[1], first[0], cutoff=CUTOFF)
+    suggestion = snr_adam.state.suggest_sharing(first[1], first[0], cutoff=CUTOFF)
     params, state = carry
-    return (params, jax.vmap(lambda s, p: snr_adam.share(s, p, suggestion))(state, params)), suggestion
+    return (params, jax.vmap(lambda s, p: snr_adam.state.share(s, p, suggestion))(state, params)), suggestion
 
 
 def run(variant: str, seeds: int, steps: int) -> dict:

@@ -38,7 +38,9 @@ ELEMENTS = 16384
 
 def runs(b2: float, steps: int, shrink_at: int | None = None):
     """After `steps` steps: each storage's last update and its v / float32's v."""
-    txs = {name: snr_adam.scale_by_snr(noise=snr_adam.RMS(b2, eps=0.0), storage=s) for name, s in STORAGES.items()}
+    txs = {
+        name: snr_adam.scale_by_snr(noise=snr_adam.parts.RMS(b2, eps=0.0), storage=s) for name, s in STORAGES.items()
+    }
     zero = jnp.zeros(ELEMENTS)
     key = jax.random.key(0)
 
@@ -57,8 +59,8 @@ def runs(b2: float, steps: int, shrink_at: int | None = None):
 
 def second_moment(name: str, state):
     """v of a state as float32."""
-    plain = Nearest() if "nearest" in name else snr_adam.Cast("float32", "float32")
-    storage = snr_adam.Packed() if name == "packed" else plain
+    plain = Nearest() if "nearest" in name else snr_adam.parts.Cast("float32", "float32")
+    storage = snr_adam.parts.Packed() if name == "packed" else plain
     return storage.decode(state.mu, state.nu, jnp.float32)[1]
 
 

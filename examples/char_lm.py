@@ -115,7 +115,7 @@ class Result(NamedTuple):
     losses: np.ndarray
     bytes_per_parameter: float
     seconds: float
-    suggestion: snr_adam.sharing.Suggestion | None
+    suggestion: snr_adam.state.shared_noise.Suggestion | None
     sharing: tuple[Sharing, ...]
 
 
@@ -188,8 +188,8 @@ def sharing_errors(params, states, batch, graph, tx):
 def share_noise(carry, batch, graph, tx, cutoff: float):
     """Shares what may be shared, and measures on the next gradient what that does to the update."""
     params, opt_state = carry
-    suggestion = snr_adam.suggest_sharing(opt_state, params, cutoff=cutoff)
-    shared = snr_adam.share(opt_state, params, suggestion)
+    suggestion = snr_adam.state.suggest_sharing(opt_state, params, cutoff=cutoff)
+    shared = snr_adam.state.share(opt_state, params, suggestion)
     errors = jax.tree.leaves(sharing_errors(params, (opt_state, shared), batch, graph, tx))
     matrices = [error for error, p in zip(errors, jax.tree.leaves(params), strict=True) if p.ndim > 1]
     rows = zip(suggestion.rows, matrices, strict=True)

@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import snr_adam
-from snr_adam import plots
+from snr_adam.telemetry import plots
 
 # Signal and noise both remember about 1 / (1 - BETA) = 20 updates. With the usual b2 = .999 the noise would remember
 # 1,000: as long as gradients change, it would tell of a time that is over, and the SNR misleads.

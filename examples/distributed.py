@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import snr_adam
-from snr_adam.sharding import Zero1
+from snr_adam.state.sharding import Zero1
 
 STOPPED = 3  # a worker's exit code after Ctrl-C
 
@@ -76,7 +76,7 @@ def prepare(options, size) -> Run:
     place = split(shapes, mesh) if options.layout == "fsdp" else whole
     placed = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), shapes, place)
     policy = Zero1(smallest=2**10) if options.layout == "zero1" else "like parameters"
-    places = (place, snr_adam.state_sharding(tx, placed, mesh, policy))
+    places = (place, snr_adam.state.state_sharding(tx, placed, mesh, policy))
 
     @functools.partial(jax.jit, out_shardings=places)
     def start():
@@ -140,7 +140,7 @@ def work(options, size) -> int:
     if first:
         where = f"{jax.process_count()} processes, {jax.device_count()} devices, {options.layout}"
         print(f"{where}: from step {done}, weights and state {value}")
-        print(f"optimizer state: {snr_adam.footprint(carry[1])}", flush=True)
+        print(f"optimizer state: {snr_adam.state.footprint(carry[1])}", flush=True)
     bar = tqdm(total=options.steps, initial=done, unit=" steps", disable=None if first else True)
     loss = jnp.nan
     for step in range(done, options.steps):

@@ -32,8 +32,8 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import snr_adam
-from snr_adam import noise_scale
-from snr_adam.noise_scale import NoiseScale
+from snr_adam.telemetry import noise_scale
+from snr_adam.telemetry.noise_scale import NoiseScale
 
 BATCH, HELD_OUT, RATE = 32, 360, 0.001
 B1, B2 = 0.9, 0.999  # Adam's usual decays
@@ -95,7 +95,7 @@ def train(wrong: float, steps: int, seed: int = 0) -> list[Look]:
     x, y = load(wrong)
     graph, params = nnx.split(MLP(nnx.Rngs(seed)))
     tx = snr_adam.observe(snr_adam.adam(RATE, B1, B2))
-    watch = snr_adam.scale_by_snr(snr_adam.EMA(BETA), snr_adam.RMS(BETA))  # only its moments are used
+    watch = snr_adam.scale_by_snr(snr_adam.parts.EMA(BETA), snr_adam.parts.RMS(BETA))  # only its moments are used
 
     def loss_of(params, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
@@ -116,7 +116,7 @@ def train(wrong: float, steps: int, seed: int = 0) -> list[Look]:
         count = int(watched.count)
         everything = *exactly(params), 0.0, 1  # no noise is left in the mean over all examples
         recent = [optax.tree.bias_correction(moment, BETA, watched.count) for moment in (watched.mu, watched.nu)]
-        l1 = noise_scale.l1_from_moments(*recent, snr_adam.EMA(BETA).floor(count), BATCH)
+        l1 = noise_scale.l1_from_moments(*recent, snr_adam.parts.EMA(BETA).floor(count), BATCH)
         exact, l1_exact = noise_scale.from_moments(*everything), noise_scale.l1_from_moments(*everything)
         looks.append(Look(count, float(losses.mean()), two_scalars(state), exact.value, l1, l1_exact.value))
     return looks
@@ -188,7 +188,7 @@ def main(args=None) -> list[Look]:
     print(table(looks))
     print(closing(looks))
     print("\nAdvice from the last two-scalar measurement:")
-    print(snr_adam.advise(looks[-1].scalars, BATCH, RATE, B1, B2))
+    print(snr_adam.telemetry.advise(looks[-1].scalars, BATCH, RATE, B1, B2))
     print(f"The picture is in {options.out.resolve()}")
     return looks
 

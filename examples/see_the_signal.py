@@ -24,7 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import snr_adam
-from snr_adam import plots
+from snr_adam.telemetry import plots
 
 SIZE = Size(width=64, batch=16, layers=4)
 STEPS, EVERY = 400, 5
@@ -40,7 +40,7 @@ GROUPS = {
 }
 
 
-def train(steps: int, size: Size = SIZE) -> tuple[list[snr_adam.Report], np.ndarray]:
+def train(steps: int, size: Size = SIZE) -> tuple[list[snr_adam.telemetry.Report], np.ndarray]:
     """What was seen of the optimizer every few steps, and the loss of each step."""
     text = jnp.asarray(corpus()[0])
     starts = np.random.default_rng(0).integers(0, len(text) - size.context, (steps, size.batch))
@@ -55,7 +55,7 @@ def train(steps: int, size: Size = SIZE) -> tuple[list[snr_adam.Report], np.ndar
     return reports, np.concatenate(losses)
 
 
-def main(args=None, size: Size = SIZE) -> list[snr_adam.Report]:
+def main(args=None, size: Size = SIZE) -> list[snr_adam.telemetry.Report]:
     """Trains, prints the table, draws."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -2,8 +2,8 @@
 
 `snr_adam.metrics(opt_state)` is a flat dict of Python floats, which every tracker takes as it is: `wandb.log`,
 `mlflow.log_metrics`, `trackio.log`. For those that take histograms as counts and edges, as `wandb.Histogram` does,
-there is `snr_adam.histograms(opt_state)`. What goes where is a few lines for each; here for two that need neither an
-account nor a server:
+there is `snr_adam.telemetry.histograms(opt_state)`. What goes where is a few lines for each; here for two that need
+neither an account nor a server:
 
     TensorBoard    scalars over time, and a histogram over layers: its "distributions" are a heat map of the network
     local files    metrics.csv, for any spreadsheet, and history.npz with every layer, for `snr_adam.History.load`

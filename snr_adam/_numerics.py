@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam.checks import check_scalar
+from snr_adam._checks import check_scalar
 
 Scalar = float | jax.Array
 Hyper = Scalar | Callable[[Any], Any]

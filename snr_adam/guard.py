@@ -24,8 +24,8 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
+from snr_adam._checks import check_hyperparams
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
-from snr_adam.checks import check_hyperparams
 from snr_adam.gate import Gate, Gated
 
 

@@ -34,6 +34,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
+from snr_adam._checks import check_fields
 from snr_adam._numerics import (
     Decay,
     Hyper,
@@ -48,7 +49,6 @@ from snr_adam._numerics import (
     value_at,
 )
 from snr_adam._tree import exportable
-from snr_adam.checks import check_fields
 
 
 class _Numbers(NamedTuple):

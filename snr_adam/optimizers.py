@@ -22,8 +22,8 @@ import optax
 
 from snr_adam import noise as n
 from snr_adam import signal as s
+from snr_adam._checks import check_arguments
 from snr_adam._numerics import Hyper
-from snr_adam.checks import check_arguments
 from snr_adam.gate import Gated
 from snr_adam.storage import Cast, Storage
 from snr_adam.transform import descend, wrong_state

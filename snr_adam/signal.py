@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from snr_adam._checks import check_fields
 from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
 from snr_adam._tree import exportable
-from snr_adam.checks import check_fields
 
 
 def _ema_floor(b, t):

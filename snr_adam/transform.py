@@ -23,6 +23,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
+from snr_adam._checks import check_arguments
 from snr_adam._numerics import (
     Hyper,
     complex_like,
@@ -32,7 +33,6 @@ from snr_adam._numerics import (
     seeds_at,
     unseen_zero,
 )
-from snr_adam.checks import check_arguments
 from snr_adam.descent import Descent
 from snr_adam.gate import OPEN, Gate, Gated
 from snr_adam.noise import RMS, Noise, Shared

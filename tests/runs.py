@@ -18,7 +18,8 @@ import optax
 from cases import gradients, tree
 
 import snr_adam
-from snr_adam.files import restore_state, save_state
+from snr_adam.parts import RMS, Cast, Shared
+from snr_adam.state.files import restore_state, save_state
 
 STEPS = 20
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
@@ -27,15 +28,18 @@ RUNS = {
     "float32": ("float32", lambda: snr_adam.adamw(0.1)),
     "bfloat16": ("float32", lambda: snr_adam.adamw(0.1, storage="bfloat16")),
     "packed": ("float32", lambda: snr_adam.adamw(0.1, storage="packed")),
-    "one moment narrow": ("float32", lambda: snr_adam.nadam(0.1, storage=snr_adam.Cast(nu="bfloat16"))),
-    "shared": ("float32", lambda: snr_adam.descend(0.1, noise=snr_adam.Shared(snr_adam.RMS(), {"block/1": 0}))),
+    "one moment narrow": ("float32", lambda: snr_adam.nadam(0.1, storage=Cast(nu="bfloat16"))),
+    "shared": (
+        "float32",
+        lambda: snr_adam.descend(0.1, noise=Shared(RMS(), {"block/1": 0})),
+    ),
     "two in nu": ("float32", lambda: snr_adam.amsgrad(0.1, storage="bfloat16")),
     "two in mu": ("float32", lambda: snr_adam.ademamix(0.1, storage="bfloat16")),
     "none in nu": ("bfloat16", lambda: snr_adam.lion(0.01, storage="bfloat16")),
     "schedules": ("float32", lambda: snr_adam.adamw(SCHEDULE, weight_decay=SCHEDULE, storage="packed")),
     "carry 16": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(0.1, storage="packed"))),
     "carry 8": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(SCHEDULE, storage="bfloat16"), "8")),
-    "rounded": ("float16", lambda: optax.chain(snr_adam.adamw(0.01), snr_adam.round_stochastically())),
+    "rounded": ("float16", lambda: optax.chain(snr_adam.adamw(0.01), snr_adam.precision.round_stochastically())),
     "multi steps": (
         "float32",
         lambda: optax.MultiSteps(snr_adam.adamw(SCHEDULE, storage="packed"), 3).gradient_transformation(),

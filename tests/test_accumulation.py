@@ -21,7 +21,7 @@ def _step(tx, apply_state=False):
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         if apply_state:
-            return snr_adam.apply_accumulated(params, state), state
+            return snr_adam.accumulation.apply_accumulated(params, state), state
         return optax.apply_updates(params, updates), state
 
     return step
@@ -125,7 +125,7 @@ def test_the_squares_are_those_of_the_last_piece_and_of_the_mean():
         np.testing.assert_allclose(state.mean_sq, np.sum(pieces.mean(0, dtype=float) ** 2), rtol=1e-5)
         found.append((state.piece_sq, state.mean_sq))
     found = np.array(found, float).T
-    scale = snr_adam.noise_scale.from_groups(*found, n, b)
+    scale = snr_adam.telemetry.noise_scale.from_groups(*found, n, b)
     assert scale.value == pytest.approx(1 / mean**2, rel=0.25)  # tr(Sigma) / |G|^2, in examples
     assert abs(scale.value - 1 / mean**2) < 3 * scale.error
     q, a = found.mean(1)
@@ -212,7 +212,7 @@ def test_sharded_it_is_the_same(axis, policy):
     want = _run(jax.jit(_step(tx)), params, tx.init(params), pieces)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, place)
-        shardings = snr_adam.state_sharding(tx, params, mesh, policy)
+        shardings = snr_adam.state.state_sharding(tx, params, mesh, policy)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         step = jax.jit(_step(tx), out_shardings=(place, shardings))
         got = _run(step, params, state, jax.device_put(list(pieces), place))

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from snr_adam import EMA, RMS, _numerics, scale_by_snr
+from snr_adam import _numerics, scale_by_snr
+from snr_adam.parts import EMA, RMS
 
 WIDTH = 256
 ULP = 2.0**-23

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snr_adam import advise
-from snr_adam.noise_scale import NoiseScale, from_scalars
+from snr_adam.telemetry import advise
+from snr_adam.telemetry.noise_scale import NoiseScale, from_scalars
 
 
 def measured(value, error=1.0, limit=1e9):

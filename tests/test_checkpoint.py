@@ -18,10 +18,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import snr_adam
-from snr_adam import digest
 from snr_adam._numerics import mix
-from snr_adam.checkpoint import manifest, verify
-from snr_adam.files import restore_state, save_state
+from snr_adam.state import digest
+from snr_adam.state.digest import manifest, verify
+from snr_adam.state.files import restore_state, save_state
 
 DTYPES = ["bool", "int4", "int8", "uint8", "int16", "int32", "uint32"]
 DTYPES += ["float8_e4m3fn", "bfloat16", "float16", "float32", "complex64"]
@@ -78,7 +78,7 @@ def test_a_term_is_a_bijection():
 def test_ten_thousand_flips_of_one_bit():
     """Every one changes both halves, at any place of any leaf of a real state."""
     rng = np.random.default_rng(0)
-    tx = snr_adam.carry_remainder(snr_adam.adamw(0.1, storage=snr_adam.Cast(nu="bfloat16")))
+    tx = snr_adam.carry_remainder(snr_adam.adamw(0.1, storage=snr_adam.parts.Cast(nu="bfloat16")))
     params, state = tree(dtype=jnp.bfloat16), None
     for g in gradients(2, dtype=jnp.bfloat16):
         _, state = tx.update(g, state or tx.init(params), params)

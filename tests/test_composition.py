@@ -228,7 +228,7 @@ def test_a_traced_learning_rate_does_not_compile_again(name):
     ("name", "options"),
     [
         ("adam", {"nesterov": True, "mu_dtype": jnp.bfloat16}),
-        ("adam", {"storage": snr_adam.Cast(mu="bfloat16")}),
+        ("adam", {"storage": snr_adam.parts.Cast(mu="bfloat16")}),
         ("adamw", {"mask": {"a": False, "b": True}, "weight_decay": 0.1}),
         ("adamw", {"mask": lambda params: jax.tree.map(lambda p: p.ndim > 0, params), "weight_decay": 0.1}),
         ("amsgrad", {"bias_correction_mu": False, "bias_correction_nu": False}),

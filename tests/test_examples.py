@@ -61,7 +61,7 @@ def begin_and_end(told):
 
 def test_with_wrong_labels_the_signal_goes_and_the_noise_stays(noisy):
     begin, end = begin_and_end(noisy)
-    floor = snr_adam.EMA(digits.BETA).floor(10**4) ** 0.5
+    floor = snr_adam.parts.EMA(digits.BETA).floor(10**4) ** 0.5
     assert begin["snr"] > 3 * begin["snr_error"]
     assert abs(end["persistent"]) < begin["persistent"] / 16
     assert end["noise"] > 0.9 * begin["noise"]
@@ -193,7 +193,7 @@ def test_noise_lies_in_few_directions():
     of_trace = (each**2).mean(0).sum() ** 2
     assert of_trace / ((each @ each.T / len(x)) ** 2).sum() == pytest.approx(13, abs=2)
     assert of_trace / ((each**2).mean(0) ** 2).sum() == pytest.approx(155, rel=0.2)
-    assert snr_adam.noise_scale.D_EFF == 10
+    assert snr_adam.telemetry.noise_scale.D_EFF == 10
 
 
 def test_noise_scale_says_what_it_measured(tmp_path, capsys):

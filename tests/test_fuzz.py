@@ -205,8 +205,8 @@ def test_whatever_is_finite_stays_finite(name, storage, examples):
 
 def test_a_packed_word_holds_any_pair_of_moments(examples):
     """Decoded, both are within one step of their formats, of the right sign, and zero only below the normal numbers."""
-    encode = jax.jit(lambda m, v, bits: snr_adam.Packed().encode(m, v, lambda *_: bits)[0])
-    decode = jax.jit(lambda w: snr_adam.Packed().decode(w, (), jnp.float32))
+    encode = jax.jit(lambda m, v, bits: snr_adam.parts.Packed().encode(m, v, lambda *_: bits)[0])
+    decode = jax.jit(lambda w: snr_adam.parts.Packed().decode(w, (), jnp.float32))
     tiny = float(jnp.finfo("float32").tiny)
 
     @given(

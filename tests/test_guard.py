@@ -18,14 +18,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
 from snr_adam import guard, health
+from snr_adam.parts import RMS, Cast, Nesterov, Shared
 
 schedule = optax.linear_schedule(0.1, 0.01, 20)
 OURS = {
     "adamw, schedules": lambda: snr_adam.adamw(schedule, b2=optax.constant_schedule(0.99)),
     "packed": lambda: snr_adam.adamw(0.1, storage="packed"),
     "bfloat16": lambda: snr_adam.adamw(0.1, storage="bfloat16"),
-    "cast float16": lambda: snr_adam.adamw(0.1, storage=snr_adam.Cast(mu="float16")),
-    "parts": lambda: snr_adam.scale_by_snr(snr_adam.Nesterov(), snr_adam.Shared(snr_adam.RMS(), {"block/1": 0})),
+    "cast float16": lambda: snr_adam.adamw(0.1, storage=Cast(mu="float16")),
+    "parts": lambda: snr_adam.scale_by_snr(Nesterov(), Shared(RMS(), {"block/1": 0})),
     **{name: functools.partial(preset, 0.1) for name, (preset, _) in cases.PRESETS.items()},
 }
 FOREIGN = {
@@ -255,7 +256,7 @@ def test_narrow_parameters_keep_their_remainders(name):
     step, g = trainer(tx), jnp.asarray([0.5, 1.0, -1.0], jnp.bfloat16)
     first = step(p, tx.init(p), g)
     second = step(*first, g.at[1].set(jnp.nan))
-    whole = [snr_adam.whole_weights(x, s.inner if name == "carried" else s) for x, s in (first, second)]
+    whole = [snr_adam.precision.whole_weights(x, s.inner if name == "carried" else s) for x, s in (first, second)]
     same_bits((second[0], whole[1]), (first[0], whole[0]))
     assert not np.array_equal(p, first[0])
 
@@ -322,7 +323,7 @@ def test_none_masked_complex_and_empty_leaves():
     assert int(state.skipped) == 0
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "packed", snr_adam.Cast(mu="float16")])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "packed", Cast(mu="float16")])
 def test_what_was_decoded_encodes_to_the_same_bits(storage):
     """The law of storages that a held step rests on, over bit patterns of every size."""
     bits = np.random.default_rng(0).integers(0, 2**32, (2, 100_000), dtype=np.uint32)

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snr_adam import EMA, RMS, Mean, Spread, adam, centered_adam, scale_by_snr
+from snr_adam import adam, centered_adam, scale_by_snr
+from snr_adam.parts import EMA, RMS, Mean, Spread
 
 STEPS, WIDTH = 200, 32
 SHORT = 16  # the length of the sequences that Hypothesis makes up

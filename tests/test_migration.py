@@ -105,7 +105,7 @@ def test_what_fits_comes_back_bit_for_bit(storage):
     params = tree()
     _, state, _ = _run(tx, tx.init(params), params, gradients(3))
     back = from_optax(to_optax(state), state)
-    assert snr_adam.checkpoint.manifest(back) == snr_adam.checkpoint.manifest(state)
+    assert snr_adam.state.manifest(back) == snr_adam.state.manifest(state)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "packed"])
@@ -165,7 +165,7 @@ def test_awkward_leaves():
 
 
 def test_shared_noise_is_spread_and_averaged():
-    tx = snr_adam.descend(0.1, snr_adam.EMA(), snr_adam.Shared(snr_adam.RMS(), {"b": 0}))
+    tx = snr_adam.descend(0.1, snr_adam.parts.EMA(), snr_adam.parts.Shared(snr_adam.parts.RMS(), {"b": 0}))
     params, g = {"a": jnp.ones(3), "b": jnp.ones((4, 5))}, {"a": jnp.ones(3), "b": jnp.arange(20.0).reshape(4, 5)}
     shared = tx.update(g, tx.init(params), params)[1]
     full = to_optax(shared)

@@ -27,7 +27,9 @@ import test_storage
 import test_twins
 
 import snr_adam
-from snr_adam import _numerics, _tree, checkpoint, migration, noise, precision, signal, storage, transform
+from snr_adam import _numerics, _tree, noise, precision, signal, storage, transform
+
+checkpoint, migration = (sys.modules[f"snr_adam.state.{name}"] for name in ("digest", "migration"))
 
 
 @dataclasses.dataclass(frozen=True)

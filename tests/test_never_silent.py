@@ -18,7 +18,8 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam import EMA, RMS, adam, adamw, guard, scale_by_snr
+from snr_adam import adam, adamw, guard, scale_by_snr
+from snr_adam.parts import EMA, RMS, Belief, Cast, Shared
 
 
 class Refused(NamedTuple):
@@ -82,7 +83,7 @@ HYPERPARAMETERS = {
     ),
     "moments as integers": (lambda: adam(1e-3, mu_dtype="int8"), number("mu", "int8", "a floating dtype, such as")),
     "moments as nonsense": (lambda: adam(1e-3, mu_dtype="small"), number("mu", "'small'", "a floating dtype, such as")),
-    "v as float16": (lambda: snr_adam.Cast(nu="float16"), number("nu", "float16", "use 'bfloat16'")),
+    "v as float16": (lambda: Cast(nu="float16"), number("nu", "float16", "use 'bfloat16'")),
     "b1, b2, learning rate": (lambda: adam(0.9, 0.999, 1e-3), number("learning_rate", "0.9", "the order is")),
     "injected": (lambda: optax.inject_hyperparams(adam)(-1.0), number("learning_rate", "-1.0", RANGE)),
     "clip_norm zero": (lambda: guard(adam(1e-3), 0.0), number("clip_norm", "0.0", POSITIVE)),
@@ -241,7 +242,7 @@ TREES = {
         number("storage='packed'", "complex", "use storage='bfloat16'"),
     ),
     "shared axes out of range": (
-        lambda: scale_by_snr(noise=snr_adam.Shared(RMS(), 2)).init(W),
+        lambda: scale_by_snr(noise=Shared(RMS(), 2)).init(W),
         number("layer/0", "(2,)", "out of range"),
     ),
     "a tree with nothing in it": (lambda: step(A, {}, {}), lambda u: u == {}),
@@ -284,7 +285,7 @@ VALUES = {
     "1e20 is forgotten, packed": (lambda: recovers(QUICK("packed"), 1e20), lambda r: r[1] and abs(r[0] - 1) < 0.1),
     "1e20 is forgotten, bfloat16": (lambda: recovers(QUICK("bfloat16"), 1e20), lambda r: r[1] and abs(r[0] - 1) < 0.2),
     "1e20 is forgotten, belief": (
-        lambda: recovers(scale_by_snr(EMA(0.5), snr_adam.Belief(0.7)), 1e20),
+        lambda: recovers(scale_by_snr(EMA(0.5), Belief(0.7)), 1e20),
         lambda r: r[1],
     ),
     "1e20 is forgotten, spread": (
@@ -294,7 +295,7 @@ VALUES = {
     "1e20 is forgotten, deviation": (lambda: recovers(snr_adam.rmsprop(1.0, 0.7, centered=True), 1e20), lambda r: r[1]),
     "1e20 in lion": (lambda: last_update(1e20, tx=snr_adam.lion(1.0))[0], lambda u: u == -1.0),
     "1e20 shared over an axis": (
-        lambda: step(scale_by_snr(noise=snr_adam.Shared(RMS(), 0)), jnp.full(4096, 1e20), jnp.ones(4096)),
+        lambda: step(scale_by_snr(noise=Shared(RMS(), 0)), jnp.full(4096, 1e20), jnp.ones(4096)),
         lambda u: np.allclose(u, 1.0),
     ),
     "1e30 complex": (
@@ -316,7 +317,7 @@ VALUES = {
     ),
     "float16 overflow is loud": (lambda: np.float32(last_update(np.nan, dtype=jnp.float16)[0]), np.isnan),
     "1e5 in a float16 moment": (
-        lambda: recovers(scale_by_snr(EMA(0.5), RMS(0.7), snr_adam.Cast(mu="float16")), 1e5),
+        lambda: recovers(scale_by_snr(EMA(0.5), RMS(0.7), Cast(mu="float16")), 1e5),
         lambda r: r[1] and abs(r[0] - 1) < 0.02,
     ),
     "guarded NaN": (lambda: guarded(np.nan), lambda r: r == (0.0, 1)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 import snr_adam
-from snr_adam.noise_scale import (
+from snr_adam.telemetry.noise_scale import (
     NoiseScale,
     from_groups,
     from_moments,
@@ -224,7 +224,7 @@ def moments(mean, spread, decays, steps, seed=0):
 @pytest.mark.parametrize("steps", [2, 300])
 def test_moments_are_unbiased_at_every_step(decays, steps):
     """Over 200 runs the sums of `from_moments` average to the truth, also after two steps."""
-    rho = float(snr_adam.EMA(decays[0]).floor(steps))
+    rho = float(snr_adam.parts.EMA(decays[0]).floor(steps))
     m, v = jax.vmap(lambda seed: moments(MEAN, SPREAD, decays, steps, seed))(jnp.arange(200))
     whole = from_moments({"x": m}, {"x": v}, rho, 32, d_eff=200 * D_EFF)
     assert abs(whole.value - 32 * TRUE) < 3 * whole.error
@@ -243,7 +243,7 @@ def test_moments_and_groups_are_one_formula():
 @pytest.mark.parametrize(("b1", "times"), [(0.9, 63), (0.95, 133), (0.98, 342)])
 def test_limit_of_one_state(b1, times):
     """(1-rho)/rho sqrt(d_eff/8) batches: what one state of Adam without signal can tell at most."""
-    rho = float(snr_adam.EMA(b1).floor(10**6))
+    rho = float(snr_adam.parts.EMA(b1).floor(10**6))
     m, v = np.full(100, math.sqrt(rho)), np.ones(100)  # m^2 = rho v: no signal
     found = from_moments(m, v, rho, 1, d_eff=100)
     assert np.isinf(found.value)
@@ -258,10 +258,10 @@ def test_moments_of_optax_adam_with_awkward_leaves():
         grads = jax.tree.map(lambda p, t=t: (p * (1 + (-1) ** t / 2)).astype(p.dtype), params)
         _, state = tx.update(grads, state)
     m, v = (optax.tree.bias_correction(x, 0.9, state.count) for x in (state.mu, state.nu))
-    found = from_moments(m, v, snr_adam.EMA(0.9).floor(5), 32)
+    found = from_moments(m, v, snr_adam.parts.EMA(0.9).floor(5), 32)
     a, b = ([np.asarray(x, complex).ravel() for x in jax.tree.leaves(tree)] for tree in (m, v))
     smoothed, power = sum((abs(x) ** 2).sum() for x in a), sum(x.real.sum() for x in b)
-    rho = float(snr_adam.EMA(0.9).floor(5))
+    rho = float(snr_adam.parts.EMA(0.9).floor(5))
     assert found.value == pytest.approx(32 * (power - smoothed) / (smoothed - rho * power), rel=0.02)
     assert l1_from_moments(m, v, rho, 32).value >= 0
 
@@ -296,7 +296,7 @@ def signal_for(shape, times):
 def test_l1_reads_a_known_noise_scale(shape, times, decays):
     """Within 20 % of 1, 3 and 10 B, from one state of Adam."""
     m, v = moments(signal_for(shape, times), SIGMA, decays, 2000)
-    found = l1_from_moments(m, v, float(snr_adam.EMA(decays[0]).floor(2000)), 32)
+    found = l1_from_moments(m, v, float(snr_adam.parts.EMA(decays[0]).floor(2000)), 32)
     assert found.value == pytest.approx(32 * times, rel=0.2)
 
 

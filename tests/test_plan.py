@@ -30,7 +30,7 @@ def _compiled(dtype, sharding, storage):
         return jax.ShapeDtypeStruct((SIDE, SIDE), dtype, sharding=place)
 
     params, grads = array(split if sharding == "fsdp" else whole), array(whole if sharding == "replicated" else split)
-    places = snr_adam.state_sharding(tx, params, mesh, "zero1" if sharding == "zero1" else "like parameters")
+    places = snr_adam.state.state_sharding(tx, params, mesh, "zero1" if sharding == "zero1" else "like parameters")
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(tx.init, params), places
     )

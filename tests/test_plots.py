@@ -9,7 +9,8 @@ import pytest
 from fake_reports import fake_reports
 from matplotlib.figure import Figure
 
-from snr_adam import History, plots
+from snr_adam import History
+from snr_adam.telemetry import plots
 
 LAYERS, TIMES = 6, 30
 PICTURES = (plots.signal_and_noise, plots.snr, plots.heat_map, plots.depth, plots.noise_scale)
@@ -185,7 +186,7 @@ def test_errors_teach(history):
 
 
 def test_pyplot_is_not_touched():
-    code = "import sys, snr_adam.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, snr_adam.telemetry.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

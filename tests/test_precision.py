@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam import carry_remainder, round_stochastically, whole_weights
+from snr_adam import carry_remainder
+from snr_adam.precision import round_stochastically, whole_weights
 
 NARROW = ("bfloat16", "float16")
 SHAPE = (16, 24)

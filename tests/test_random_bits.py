@@ -137,8 +137,8 @@ def _cast(dtype):
 
 def _packed(half):
     def rounded(x, bits):
-        stored = snr_adam.Packed().encode(x, x, lambda *_: bits)
-        return word_of(snr_adam.Packed().decode(*stored, jnp.float32)[half])
+        stored = snr_adam.parts.Packed().encode(x, x, lambda *_: bits)
+        return word_of(snr_adam.parts.Packed().decode(*stored, jnp.float32)[half])
 
     return rounded
 
@@ -195,7 +195,7 @@ def test_every_code_encodes_to_itself(half, bits):
     def dither(shape, stream):
         return _draw(jnp.int32(1), shape) if bits == "random" else jnp.full(shape, bits, jnp.uint32)
 
-    packed = snr_adam.Packed()
+    packed = snr_adam.parts.Packed()
     decode = jax.jit(lambda words: packed.decode(words, (), jnp.float32))
     encode = jax.jit(lambda m, v: packed.encode(m, v, dither)[0])
     m, v = decode(words)

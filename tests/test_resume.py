@@ -14,8 +14,8 @@ import time
 import pytest
 import runs
 
-from snr_adam.checkpoint import manifest, verify
-from snr_adam.files import restore_state
+from snr_adam.state.digest import manifest, verify
+from snr_adam.state.files import restore_state
 
 HERE = pathlib.Path(__file__).parent
 

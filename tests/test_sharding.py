@@ -18,8 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import snr_adam
-from snr_adam.memory import footprint
-from snr_adam.sharding import LikeParameters, Zero1, state_sharding
+from snr_adam.state.footprint import footprint
+from snr_adam.state.sharding import LikeParameters, Zero1, state_sharding
 
 STORAGES = ("float32", "bfloat16", "packed")
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -75,7 +75,7 @@ def _every_storage():
 
 # --- which sharding each array gets ---
 
-SHARED = snr_adam.scale_by_snr(noise=snr_adam.Shared(snr_adam.RMS(0.999), {"w": 0}))
+SHARED = snr_adam.scale_by_snr(noise=snr_adam.parts.Shared(snr_adam.parts.RMS(0.999), {"w": 0}))
 MASK = {"a": {"w": True, "b": False}}
 HOLDERS = {
     "optax.adamw": optax.adamw(1e-3),
@@ -116,7 +116,7 @@ def test_shared_noise_lies_like_its_parameter_where_it_has_its_size():
     shardings = state_sharding(SHARED, _shapes(mesh, P("data", "model")), mesh)
     assert shardings.nu.v[1].spec == P(None, "model")  # shared over axis 0
     assert shardings.nu.v[0].spec == P(None)
-    unshared = snr_adam.scale_by_snr(noise=snr_adam.Shared(snr_adam.RMS(0.999), {"b": 0}))
+    unshared = snr_adam.scale_by_snr(noise=snr_adam.parts.Shared(snr_adam.parts.RMS(0.999), {"b": 0}))
     assert state_sharding(unshared, _shapes(mesh, P("data", "model")), mesh).nu.v[1].spec == P("data", "model")
 
 

@@ -11,8 +11,10 @@ from flax.nnx.training.optimizer import to_opt_state
 from jax.sharding import NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam import RMS, Shared, scale_by_snr, share, suggest_sharing
-from snr_adam.sharing import snr_over
+from snr_adam import scale_by_snr
+from snr_adam.parts import EMA, RMS, Belief, Infinity, Maximum, Mean, Previous, Rectified, Shared, Spread, Unit, Yogi
+from snr_adam.state import share, suggest_sharing
+from snr_adam.state.shared_noise import snr_over
 
 
 def _uneven(snr, size, axis=0):
@@ -282,11 +284,11 @@ def test_a_suggestion_is_a_rule():
 
 AXES = {"kernel": 0, "table": (0, 1)}
 NOISES = {
-    "rms": (snr_adam.EMA(), Shared(RMS(), AXES)),
-    "belief": (snr_adam.EMA(), Shared(snr_adam.Belief(), AXES)),
-    "yogi": (snr_adam.EMA(), Shared(snr_adam.Yogi(), AXES)),
-    "rectified": (snr_adam.EMA(), Shared(snr_adam.Rectified(), AXES)),
-    "previous": (snr_adam.EMA(debias=False), Shared(snr_adam.Previous(clip=2.0), AXES)),
+    "rms": (EMA(), Shared(RMS(), AXES)),
+    "belief": (EMA(), Shared(Belief(), AXES)),
+    "yogi": (EMA(), Shared(Yogi(), AXES)),
+    "rectified": (EMA(), Shared(Rectified(), AXES)),
+    "previous": (EMA(debias=False), Shared(Previous(clip=2.0), AXES)),
 }
 
 
@@ -364,10 +366,16 @@ def test_in_nnx():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: scale_by_snr(noise=Shared(snr_adam.Maximum(), 0)), "needs a noise that keeps one array per parameter"),
-        (lambda: scale_by_snr(noise=Shared(snr_adam.Infinity(), 0)), "needs a noise"),
-        (lambda: scale_by_snr(snr_adam.Mean(), Shared(snr_adam.Spread(), 0)), "needs a noise"),
-        (lambda: scale_by_snr(noise=Shared(snr_adam.Unit(), 0)), "needs a noise that keeps one array per parameter"),
+        (
+            lambda: scale_by_snr(noise=Shared(Maximum(), 0)),
+            "needs a noise that keeps one array per parameter",
+        ),
+        (lambda: scale_by_snr(noise=Shared(Infinity(), 0)), "needs a noise"),
+        (lambda: scale_by_snr(Mean(), Shared(Spread(), 0)), "needs a noise"),
+        (
+            lambda: scale_by_snr(noise=Shared(Unit(), 0)),
+            "needs a noise that keeps one array per parameter",
+        ),
         (lambda: scale_by_snr(noise=Shared(RMS(), 0), storage="packed"), "storage that keeps it apart"),
         (
             lambda: scale_by_snr(noise=Shared(RMS(), {"kernel": 2})).init(PARAMS),

@@ -12,7 +12,8 @@ import pytest
 from cases import PRESETS, run, stacked, tree
 
 import snr_adam
-from snr_adam import EMA, RMS, scale_by_snr
+from snr_adam import scale_by_snr
+from snr_adam.parts import EMA, RMS
 
 NARROW = ("packed", "bfloat16")
 TINY = float(jnp.finfo("float32").tiny)
@@ -332,7 +333,7 @@ def test_presets_in_narrow_storage(name, storage):
 
 def test_a_moment_may_be_narrow_by_itself():
     """What is written elsewhere as `nu_dtype`: bfloat16 for v alone, float32 for the signal."""
-    tx = snr_adam.adam(0.01, storage=snr_adam.Cast(nu="bfloat16"))
+    tx = snr_adam.adam(0.01, storage=snr_adam.parts.Cast(nu="bfloat16"))
     _, _, state = run(tx, tree(), stacked(5))
     assert {x.dtype.name for x in jax.tree.leaves(state[0].mu)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(state[0].nu)} == {"bfloat16"}
@@ -353,7 +354,7 @@ def test_complex_moments():
     [
         (lambda: snr_adam.adam(0.01, storage="pack"), r"storage='pack': use one of the names \['bfloat16', 'float32'"),
         (lambda: snr_adam.adam(0.01, storage=None), "storage=None: use one of the names"),
-        (lambda: snr_adam.Cast(nu="int8"), "a moment needs a floating dtype"),
+        (lambda: snr_adam.parts.Cast(nu="int8"), "a moment needs a floating dtype"),
         (lambda: snr_adam.adam(0.01, storage="packed", mu_dtype="bfloat16"), "both say how the signal rests"),
     ],
 )

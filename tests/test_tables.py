@@ -9,7 +9,8 @@ from fake_reports import fake_reports
 from rich.console import Console
 
 import snr_adam
-from snr_adam import History, Report
+from snr_adam import History
+from snr_adam.telemetry import Report
 
 DECADES = (1000.0, 100.0, 10.0, 1.0)
 

@@ -17,7 +17,7 @@ from cases import gradients, tree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam.averages import solve
+from snr_adam.telemetry._averages import solve
 
 OPTIMIZERS = {
     "optax.adam": lambda: optax.adam(0.01),

@@ -17,8 +17,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import snr_adam
-from snr_adam import loggers
-from snr_adam.loggers import BINS, metric_name
+import snr_adam.telemetry.trackers as loggers
+from snr_adam.telemetry.trackers import BINS, metric_name
 
 PARAMS = {"enc": {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}, "dec": jnp.ones((3, 5))}
 NAMES = ("dec", "enc/b", "enc/w")
@@ -137,7 +137,7 @@ def test_metrics_are_plain_finite_floats_under_clean_names():
 
 def test_histograms_count_every_layer_that_has_a_number():
     state = _after(snr_adam.observe(optax.adam(0.1)), {f"{i:02}": jnp.ones((2, i + 1)) for i in range(12)})
-    seen, got = snr_adam.report(state), snr_adam.histograms(state)
+    seen, got = snr_adam.report(state), snr_adam.telemetry.histograms(state)
     assert set(got) == {f"snr/layers/{key}" for key in BINS}
     assert not set(got) & set(snr_adam.metrics(state, layers=True))
     for key, edges in BINS.items():
@@ -146,7 +146,7 @@ def test_histograms_count_every_layer_that_has_a_number():
         assert counts.shape == (len(edges) - 1,)
         assert counts.sum() == np.sum(~np.isnan(seen.columns[key])) == 12
     noise, edges = seen.columns["noise"], np.median(seen.columns["noise"]) * np.array([0.5, 1.0, 1.5])
-    counts, _ = snr_adam.histograms(state, "", bins={"noise": edges})["layers/noise"]
+    counts, _ = snr_adam.telemetry.histograms(state, "", bins={"noise": edges})["layers/noise"]
     assert list(counts) == [np.sum(noise < edges[1]), np.sum(noise >= edges[1])]
 
 
@@ -154,7 +154,7 @@ def test_histograms_lose_nothing_but_nan(monkeypatch):
     """What is outside of the edges is in the bins at the ends, also infinities and what no logarithm shows."""
     values = np.array([-np.inf, -3.0, 0.0, 1e-30, 2.0, 99.0, 100.0, 1e30, np.inf, np.nan])
     monkeypatch.setattr(loggers, "report", lambda *_: SimpleNamespace(columns={"snr": values}))
-    counts, edges = snr_adam.histograms(None, bins={"snr": [1, 10, 50, 100]})["snr/layers/snr"]
+    counts, edges = snr_adam.telemetry.histograms(None, bins={"snr": [1, 10, 50, 100]})["snr/layers/snr"]
     assert list(counts) == [5, 0, 4]
     assert edges.dtype == float
 
@@ -162,7 +162,8 @@ def test_histograms_lose_nothing_but_nan(monkeypatch):
 def test_noise_scales_have_histograms_in_examples():
     state, bins = _after(snr_adam.observe(optax.adam(0.1))), {"noise_scale_limit": np.array([1.0, 10.0, 100.0, 1000.0])}
     (few, _), (many, _) = (
-        snr_adam.histograms(state, "", bins=bins, batch_size=b)["layers/noise_scale_limit"] for b in (None, 32)
+        snr_adam.telemetry.histograms(state, "", bins=bins, batch_size=b)["layers/noise_scale_limit"]
+        for b in (None, 32)
     )
     assert (list(few), list(many)) == ([3, 0, 0], [0, 0, 3])
 
@@ -179,7 +180,7 @@ def test_noise_scales_have_histograms_in_examples():
 )
 def test_bins_that_cannot_be_are_refused(bins, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        snr_adam.histograms(_after(snr_adam.observe(optax.adam(0.1))), bins=bins)
+        snr_adam.telemetry.histograms(_after(snr_adam.observe(optax.adam(0.1))), bins=bins)
 
 
 HOSTED = {

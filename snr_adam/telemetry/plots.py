@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from snr_adam.history import History
+from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
 

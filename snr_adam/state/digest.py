@@ -16,7 +16,8 @@ For a given i each term is a bijection of w_i, so that a change of one word alwa
 words pass unseen with probability 2^-64. A sum has no order, so the bits do not depend on how many devices share the
 leaf. It finds accidents; it is no signature, which nobody could forge.
 
-`snr_adam.files` saves, restores and verifies with Orbax; `snr_adam.migration` moves a run to another optimizer.
+`snr_adam.state.files` saves, restores and verifies with Orbax; `snr_adam.state.migration` moves a run to another
+optimizer.
 """
 
 import hashlib

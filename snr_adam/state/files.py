@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from snr_adam import _tree
-from snr_adam.checkpoint import compare, manifest, verify
+from snr_adam.state.digest import compare, manifest, verify
 
 
 def save_state(directory: str | os.PathLike, step: int, state: Any) -> None:

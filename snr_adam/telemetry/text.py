@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from snr_adam.noise_scale import NoiseScale
+from snr_adam.telemetry.noise_scale import NoiseScale
 
 _SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "significant", "effective_step", "gradient_norm")
 _SPARE = ("gradient_norm", "effective_step", "signal", "noise", "significant", "pseudo_snr", "floor")

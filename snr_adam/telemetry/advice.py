@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snr_adam.noise_scale import NoiseScale
+from snr_adam.telemetry.noise_scale import NoiseScale
 
 STRIDE = 3
 """The doublings that are advised at once: 8 times the batch turns b1 = .9 into .43, 64 times into .001: no average."""
@@ -111,7 +111,7 @@ def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999,
     Raises:
       ValueError: if there is no noise scale to go by, because it is nan or an array.
 
-    >>> from snr_adam.noise_scale import from_scalars
+    >>> from snr_adam.telemetry.noise_scale import from_scalars
     >>> print(advise(from_scalars(4.0, 1.0, 0.1, batch_size=32), 32, 1e-3))
     The noise scale is 96 +- 13 examples.
     A gradient of 32 is 25% signal, the rest of its power is noise.

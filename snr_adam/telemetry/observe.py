@@ -52,10 +52,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snr_adam import _tree, averages, sums
+from snr_adam import _tree
+from snr_adam._moments import find, kinds_in, rounds_in_one_way
 from snr_adam._numerics import abs_sq, hidden, widen
-from snr_adam.averages import Detail, Moving, Recursion, Weights
-from snr_adam.moments import find, kinds_in, rounds_in_one_way
+from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _sums as sums
+from snr_adam.telemetry._averages import Detail, Moving, Recursion, Weights
 
 _RAREST = 64
 _EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them

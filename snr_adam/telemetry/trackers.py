@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from snr_adam.reports import report
+from snr_adam.telemetry.report import report
 
 _GLOBAL = ("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step")
 _GLOBAL += ("update_rms", "gradient_norm", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit")
@@ -98,7 +98,7 @@ def histograms(
       ValueError: if there is no such quantity, or if its edges are no numbers that grow.
 
     >>> import jax, jax.numpy as jnp, optax
-    >>> from snr_adam.telemetry import observe
+    >>> from snr_adam.telemetry.observe import observe
     >>> tx, w = observe(optax.adam(0.1)), {"a": jnp.ones(4), "b": jnp.ones(4)}
     >>> state = tx.init(w)
     >>> for step in range(4):

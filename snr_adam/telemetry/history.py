@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from snr_adam import tables
+from snr_adam.telemetry import text
 
 _FORMAT = "snr_adam history, version 1"
 
@@ -119,7 +119,7 @@ class History:
         self.columns._append(report.columns)
         self.total._append(report.total)
 
-    def sparklines(self, key: str = "snr", width: int = 40) -> tables.Table:
+    def sparklines(self, key: str = "snr", width: int = 40) -> text.Table:
         """A quantity over time as text, to print: per layer its first and its last number, and blocks in between.
 
         Args:
@@ -146,9 +146,9 @@ class History:
         total        8     0.01  █ ▅▁
         ▁ is 0.01 or less, █ 8 or more, logarithmic in between; a gap: no number
         """
-        return tables.sparklines(self, key, width)
+        return text.sparklines(self, key, width)
 
-    def _drawn(self) -> tables.Table | str:
+    def _drawn(self) -> text.Table | str:
         """The SNR, or what there is in its place."""
         key = next((key for key in ("snr", *self.total) if key in self.total), None)
         return f"{len(self)} reports" if key is None else self.sparklines(key)

@@ -30,10 +30,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from snr_adam import _tree, moments, tables
-from snr_adam.averages import newest_weight, solve
-from snr_adam.noise_scale import from_scalars
-from snr_adam.telemetry import ObserveState
+from snr_adam import _moments as moments
+from snr_adam import _tree
+from snr_adam.telemetry import text
+from snr_adam.telemetry._averages import newest_weight, solve
+from snr_adam.telemetry.noise_scale import from_scalars
+from snr_adam.telemetry.observe import ObserveState
 
 _TINY = np.finfo(float).tiny
 
@@ -146,11 +148,11 @@ class Report:
         return dataclasses.replace(self, names=tuple(kept), columns=raw.columns(self.batch_size), raw=raw)
 
     def __str__(self) -> str:
-        return str(tables.numbers(self))
+        return str(text.numbers(self))
 
     def __rich_console__(self, console, options):
         """For `rich`: bars for the SNR against the largest, red where there is no signal."""
-        yield tables.bars(self)
+        yield text.bars(self)
 
 
 def _plain(x) -> float | None:

@@ -1,0 +1,53 @@
+"""The parts of an optimizer: signals, noises, storages, and how a state lies on a mesh.
+
+    scale_by_snr(EMA(0.9), RMS(0.999), storage=Packed())
+
+Each is a frozen dataclass. What a part of your own needs is written down as a Protocol: `Signal`, `Noise`, `Descent`
+and `Storage`.
+"""
+
+from snr_adam.noise import (
+    RMS,
+    Belief,
+    Deviation,
+    Infinity,
+    Maximum,
+    Noise,
+    Previous,
+    Rectified,
+    Shared,
+    Spread,
+    Unit,
+    Yogi,
+)
+from snr_adam.signal import EMA, Gradient, Mean, Mixture, Nesterov, Sign, Signal
+from snr_adam.state.sharding import LikeParameters, Zero1
+from snr_adam.storage import Cast, Full, Packed, Storage
+
+__all__ = [
+    "EMA",
+    "RMS",
+    "Belief",
+    "Cast",
+    "Deviation",
+    "Full",
+    "Gradient",
+    "Infinity",
+    "LikeParameters",
+    "Maximum",
+    "Mean",
+    "Mixture",
+    "Nesterov",
+    "Noise",
+    "Packed",
+    "Previous",
+    "Rectified",
+    "Shared",
+    "Sign",
+    "Signal",
+    "Spread",
+    "Storage",
+    "Unit",
+    "Yogi",
+    "Zero1",
+]

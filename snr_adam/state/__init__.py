@@ -1,0 +1,27 @@
+"""What becomes of an optimizer's state between steps: on devices, on disk, and under another optimizer.
+
+    state_sharding, footprint        where its arrays live on a mesh, and how many bytes that is
+    digest, manifest, verify         whether a restored state is bit for bit the saved one
+    from_optax, to_optax             the same moments in the state of another optimizer
+    suggest_sharing, share           one noise for many elements, in the middle of a run
+
+`snr_adam.state.files` saves and restores with Orbax; it needs orbax-checkpoint and is imported by itself.
+"""
+
+from snr_adam.state.digest import digest, manifest, verify
+from snr_adam.state.footprint import footprint
+from snr_adam.state.migration import from_optax, to_optax
+from snr_adam.state.sharding import state_sharding
+from snr_adam.state.shared_noise import share, suggest_sharing
+
+__all__ = [
+    "digest",
+    "footprint",
+    "from_optax",
+    "manifest",
+    "share",
+    "state_sharding",
+    "suggest_sharing",
+    "to_optax",
+    "verify",
+]
