@@ -10,6 +10,7 @@ numbers, for which `check_hyperparams` is there. The dtype in use is float32, or
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -101,6 +102,32 @@ def check_hyperparams(**hyperparams) -> None:
             checkify.debug_check(within, f"{name}={{x}}: must be {RANGES[name].words}", x=value)
         else:
             _check(name, value, RANGES[name], name)
+
+
+def check_part(owner: str, name: str, part, kind, example: str) -> None:
+    """Raises TypeError unless `part` has what a part of this kind (a Protocol) has, each method with its arguments.
+
+    Signals and noises have methods of the same names; what tells them apart is how many arguments `update` takes.
+    """
+    needs = [each for each, x in vars(kind).items() if callable(x) and not each.startswith("_")]
+    fields = [each for each in vars(kind).get("__annotations__", {}) if not each.startswith("_")]
+    what, instead = f"{owner}: {name}={part!r}", f"give a part such as {example}, from snr_adam.parts"
+    if isinstance(part, type):
+        raise TypeError(f"{what} is a class: write {part.__name__}()")
+    lacks = [each for each in (*needs, *fields) if not hasattr(part, each)]
+    if len(lacks) == len(needs) + len(fields) or isinstance(part, (str, int, float)):
+        raise TypeError(f"{what} is of type {type(part).__name__}, not a {kind.__name__.lower()}: {instead}")
+    if lacks:
+        raise TypeError(f"{what} lacks {', '.join(lacks)}, which a {kind.__name__.lower()} has: {instead}")
+    for each in needs:
+        takes = [x.name for x in inspect.signature(getattr(kind, each)).parameters.values()][1:]
+        try:
+            inspect.signature(getattr(part, each)).bind(*takes)
+        except TypeError:
+            raise TypeError(
+                f"{what}: its {each} does not take ({', '.join(takes)}), as that of a {kind.__name__.lower()} does: "
+                f"{instead}. In scale_by_snr(signal, noise) the signal comes first"
+            ) from None
 
 
 def _check_tree(what: str, tree) -> None:

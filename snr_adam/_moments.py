@@ -1,9 +1,11 @@
-"""Where an optimizer's state keeps its moments, whichever optimizer it is.
+"""What a state keeps: where the moments of each parameter are in it, whichever optimizer it is, and in what form.
 
 Optax's states are nested NamedTuples, and those that hold a moving average of the gradients call it `mu`, `trace`,
 `ema`, `m1` or `m`, those of their squares `nu`. The average is a tree like the parameters, in which `masked` and
 `partition` leave a `MaskedNode` where another optimizer, or none, is in charge. So for each parameter the moment is in
 the first such state that has an array of the parameter's shape at the parameter's place.
+
+The form is what the state says it is, by the type of its `nu` (`transform.ScaleBySnrState`), never by a dtype.
 """
 
 from typing import Any, NamedTuple
@@ -13,43 +15,60 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import widen
+from snr_adam._numerics import complex_like, compute_dtype
 from snr_adam.noise import AverageAndMaximum
 from snr_adam.signal import FastAndSlow
-from snr_adam.storage import Packed
+from snr_adam.storage import InOwnForm, InWords, Packed
 from snr_adam.transform import ScaleBySnrState, SharedNoise
 
 _FIRST = ("mu", "trace", "ema", "m1", "m")
-_SUMS = ("trace",)  # not averages: m := b m + g
 
 
 class Moments(NamedTuple):
-    """One parameter's moments as they rest: both in words if packed; nu is None where there is none."""
+    """One parameter's moments as they rest; nu is None where there is none apart from mu.
+
+    form: "numbers"; "words" if both lie in the words of mu; "own" in a storage that only its optimizer can read.
+    owner: the state that keeps them.
+    """
 
     mu: Any
     nu: Any
-    is_sum: bool
+    form: str
+    owner: Any
 
     def read(self) -> tuple[Any, Any]:
-        """m and v, as numbers to compute with."""
-        if self.mu.dtype == jnp.uint32:
+        """m and v as they are computed with, in float32 or float64; v is None where there is none."""
+        if self.form == "own":
+            raise ValueError(
+                f"the moments of {type(self.owner).__name__} rest in a form that only its storage can read"
+            )
+        if self.form == "words":
             return Packed().decode(self.mu, (), jnp.float32)
-        return widen(self.mu), None if self.nu is None else widen(self.nu)
+        dtype = compute_dtype(self.mu, *(() if self.nu is None else (self.nu,)))
+        m = self.mu.astype(complex_like(dtype) if jnp.iscomplexobj(self.mu) else dtype)
+        # Optax's v of a complex parameter is complex too, with nothing in its imaginary part
+        return m, None if self.nu is None else self.nu.real.astype(dtype)
 
 
-def _field(node) -> str | None:
+def form_of(owner) -> str:
+    """The form in which a state keeps its moments, see `Moments`."""
+    nu = getattr(owner, "nu", ())
+    return "words" if isinstance(nu, InWords) else "own" if isinstance(nu, InOwnForm) else "numbers"
+
+
+def field_of(node) -> str | None:
     """The name under which a state keeps a first moment."""
     fields = getattr(node, "_fields", ())
     return next((name for name in _FIRST if name in fields and hasattr(node, name)), None)
 
 
 def _owners(state) -> list:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: _field(node) is not None)
-    return [node for node in nodes if _field(node)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: field_of(node) is not None)
+    return [node for node in nodes if field_of(node)]
 
 
 def _first(owner):
-    mu = getattr(owner, _field(owner) or "")
+    mu = getattr(owner, field_of(owner) or "")
     return mu.m1 if isinstance(mu, FastAndSlow) else mu
 
 
@@ -82,13 +101,33 @@ def find(state, outer, leaves) -> list[Moments | None]:
         for i, (x, mu, nu) in enumerate(zip(leaves, mus or [], nus, strict=False)):
             if found[i] is None and x is not None and _is_array(mu) and mu.shape == jnp.shape(x):
                 nu = nu if _is_array(nu) and nu.ndim == len(mu.shape) else None
-                found[i] = Moments(mu, nu, _field(owner) in _SUMS)
+                found[i] = Moments(mu, nu, form_of(owner), owner)
     return found
 
 
-def rounds_in_one_way(state) -> bool:
-    """Whether each sum that makes a moment has one product, so that no compiler can choose which of two to fuse."""
-    return all(isinstance(owner, (ScaleBySnrState, optax.TraceState)) for owner in _owners(state))
+def is_adam(node) -> bool:
+    """Whether a state is that of an Adam, of this package or of Optax: a count, mu and nu."""
+    return isinstance(node, (ScaleBySnrState, optax.ScaleByAdamState))
+
+
+def of_adam(state, where: str) -> tuple[Any, list[Moments | None]]:
+    """The structure of the parameters, and the m and v of each from the state of an Adam; refuses what keeps more."""
+    form, (ms, outer) = form_of(state), _tree.flatten(state.mu)
+    if form == "own":
+        raise ValueError(
+            f"the state at {where} keeps its moments in the form of a storage that this package does not know: only "
+            "its own optimizer can read them"
+        )
+    shared = isinstance(state.nu, SharedNoise)
+    vs, structure = (list(state.nu.v), outer) if shared else _tree.flatten(state.nu)
+    vs, structure = ([None] * len(ms), outer) if form == "words" else (vs, structure)
+    if structure != outer or len(vs) != len(ms):
+        raise ValueError(
+            f"the state at {where} does not keep one m and one v per parameter (its mu is a {type(state.mu).__name__}, "
+            f"its nu a {type(state.nu).__name__}): only the state of an Adam can move, whatever its storage"
+        )
+    pairs = zip(ms, vs, strict=True)
+    return outer, [None if m is None else Moments(m, v, form, state) for m, v in pairs]
 
 
 def kinds_in(state) -> str:
@@ -104,16 +143,16 @@ def kinds_in(state) -> str:
     return ", ".join(dict.fromkeys(kinds)) or "its states"
 
 
-def named_shapes(state) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Path and shape of every parameter with a first moment, and whether that is a sum, in the order of the leaves."""
+def named_shapes(state) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of every parameter with a first moment, in the order of the leaves."""
     columns: list[list] = []
     for owner in _owners(state):
         leaves = jax.tree_util.tree_leaves_with_path(_first(owner), is_leaf=_is_place)
-        places = [(_tree.name(path), x, _field(owner) in _SUMS) for path, x in leaves]
+        places = [(_tree.name(path), x) for path, x in leaves]
         if not columns or len(places) == len(columns):
             columns = [[*old, place] for old, place in zip(columns or [[] for _ in places], places, strict=True)]
     chosen = [next((place for place in column if _is_array(place[1])), None) for column in columns]
-    return [(name, tuple(x.shape), is_sum) for name, x, is_sum in filter(None, chosen)]
+    return [(name, tuple(x.shape)) for name, x in filter(None, chosen)]
 
 
 def _is_place(x) -> bool:

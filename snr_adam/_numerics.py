@@ -12,7 +12,6 @@ fuse them or not fuse them in the same way everywhere: the bits do not depend on
 Numbers that are known when the optimizer is built are held as Python floats and reach the device rounded once.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,18 +81,21 @@ def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     return Decay(gain, -1.0 / jnp.expm1(t.astype(dtype) * log_b), log_b)
 
 
+class Average(NamedTuple):
+    """How a moment follows what it averages: x_t = x_{t-1} + gain y_t - leak x_{t-1}, and what corrects its bias.
+
+    gain, leak: equal for an average, whose weights sum to 1 in the long run; 1 and 1 - b for a sum b x + y.
+    debias: x_t times this is an average whose weights sum to 1.
+    """
+
+    gain: Scalar
+    leak: Scalar
+    debias: Scalar
+
+
 def times(x: jax.Array, by: Scalar) -> jax.Array:
     """x by for real `by`, as a pair of reals would be; a complex product would add the other part times 0."""
     return jax.lax.complex(by * x.real, by * x.imag) if jnp.iscomplexobj(x) else by * x
-
-
-def unseen_zero(t: jax.Array, dtype) -> jax.Array:
-    """-0 at every step t >= 1, which no compiler can know: to be added to an update that may end in a product.
-
-    x + -0 is x, bit for bit. But p + alpha * m is rounded once or twice, as the compiler likes, p + (alpha * m + -0)
-    always twice: what it can still fuse, the product and the zero, rounds as the product does.
-    """
-    return jnp.where(t > 0, -0.0, 1.0).astype(dtype)
 
 
 def lerp(old: jax.Array, new: jax.Array, gain: Scalar) -> jax.Array:
@@ -136,7 +138,7 @@ def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
 
     Squares of anything smaller are no normal numbers, and are 0 on most machines. Where v was lost in this way and the
     signal was not, x / sqrt(v) would be infinite, or NaN once both are gone. An eps that hides 2^-63 does as well.
-    The result is never a bare root: x / sqrt(y) is compiled as a product, see `unseen_zero`.
+    The result is never a bare root: x / sqrt(y) is compiled as a product, see `_compiler.unseen_zero`.
     """
     tiny, known = float(jnp.finfo(v.dtype).tiny), isinstance(eps, float)
     if known and eps * float(jnp.finfo(v.dtype).eps) > math.sqrt(tiny):
@@ -156,98 +158,3 @@ def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by for real `by`, as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
-
-
-def mix(x):
-    """Every bit of the result depends on every bit of x: Wellons' `lowbias32`, a bijection of 32-bit words."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-class Seed(NamedTuple):
-    """Two uint32 words that are unrelated from step to step and from array to array."""
-
-    before: jax.Array
-    between: jax.Array
-
-
-def hidden(count, make: Callable[[], Any]) -> Any:
-    """make(), a tree of arrays; on CPU out of a branch that is always taken, for `count` is never negative.
-
-    The compiler then does not see constants, or places in a vector, that differ from leaf to leaf. The loops over
-    arrays of one shape are equal, and XLA compiles them once.
-    """
-
-    def behind_a_branch(count):
-        return jax.lax.cond(count < 0, lambda: jax.tree.map(jnp.zeros_like, make()), make)
-
-    return jax.lax.platform_dependent(count, cpu=behind_a_branch, default=lambda count: make())
-
-
-def seeds_at(count, arrays: int) -> list[Seed]:
-    """The seeds of so many arrays at step `count`."""
-    with np.errstate(over="ignore"):
-        words = tuple(mix(np.arange(2 * arrays, dtype=np.uint32) + np.uint32(0x85EBCA6B)))
-    given = hidden(count, lambda: words)
-    before = mix(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
-    between = mix(before)
-    return [Seed(before ^ x, between ^ y) for x, y in zip(given[::2], given[1::2], strict=True)]
-
-
-def element_index(shape: tuple[int, ...]) -> jax.Array:
-    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
-    index = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index = index * np.uint32(size % 2**32) + place if axis else place
-    return index
-
-
-def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
-    """uint32 random bits for an array, a function of its seed, the stream's number and the element's index alone.
-
-    There is no key to keep or to restore, and an element's bits do not depend on how many devices share the array.
-    """
-    with np.errstate(over="ignore"):
-        before, between = mix(np.array([0, 1], np.uint32) + np.uint32(2 * stream))
-    return _hash(shape, seed.before ^ before, seed.between ^ between)
-
-
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
-def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
-    """A hash of every element's place.
-
-    The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
-    The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
-    takes two products by constants, as the chi-square tests show.
-    """
-    x = (element_index(shape) ^ before) * np.uint32(0x9E3779B1)
-    x = x ^ (x >> 16) ^ between
-    x = x * (x + x + np.uint32(1))
-    return x ^ (x >> 16)
-
-
-def word_of(x: jax.Array) -> jax.Array:
-    """The bits of a float32 array as uint32."""
-    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-
-
-def float_of(word: jax.Array) -> jax.Array:
-    """The inverse of `word_of`."""
-    return jax.lax.bitcast_convert_type(word, jnp.float32)
-
-
-def round_to(dtype, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
-    """x in `dtype`; with `bits` (uint32), float32 is rounded to bfloat16 or float16 stochastically, by the low 16 bits.
-
-    The mean over uniform bits is exactly x. Zero, infinity, NaN and values that `dtype` can hold
-    are kept. Below float16's smallest normal number, 2^-14, rounding is to nearest.
-    """
-    dtype = jnp.dtype(dtype)
-    dropped = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float16): 13}.get(dtype)
-    if bits is None or dropped is None or x.dtype == dtype:
-        return x.astype(dtype)
-    mask = (1 << dropped) - 1
-    up = word_of(x) + ((bits & 0xFFFF) >> (16 - dropped))
-    return float_of(up & np.uint32(0xFFFFFFFF ^ mask)).astype(dtype)

@@ -11,8 +11,9 @@ S is the sum for gradients cut off at +-2^56 = 7.2e16 (`_numerics.saturate`), as
 units of 2^8. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
 sum serves for both. The norm of gradients that are all under 2^-55 = 2.8e-17 is 0.
 
-For an optimizer of this package the verdict is carried into the step: it keeps its old moments, computes the update
-from what it kept, and reads nothing twice. Any other optimizer takes its step, and the guard puts the old state back.
+The verdict reaches the step of an optimizer of this package as an extra argument, through whatever forwards it: chains,
+`inject_hyperparams`, `observe`, wrappers of one's own. The step keeps its old moments, computes the update from what
+it kept, reads nothing twice, and says that it did. For all other parts of the state the guard puts the old ones back.
 """
 
 import functools
@@ -25,8 +26,9 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._checks import check_hyperparams
+from snr_adam._compiler import one_by_one
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
-from snr_adam.gate import Gate, Gated
+from snr_adam.step import OPEN, Gate
 
 
 @_tree.exportable
@@ -58,8 +60,7 @@ def _look(leaves: list) -> _Look:
     dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
     squares = [jnp.zeros((), dtype)]
     for g in gs:
-        # else leaves of one shape would share their broadcast limit, and look and step the widened gradient: as arrays
-        g, one = jax.lax.optimization_barrier((g, one))
+        g, one = one_by_one(g, one)
         squares.append(jnp.zeros((), dtype) if g is None else _square(g, one, dtype))
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
@@ -100,11 +101,22 @@ def _scale(norm, clip_norm: Scalar | None):
     return jnp.where(norm > clip, clip / norm, 1.0)
 
 
-def _scaled(g, scale):
-    if g is None or scale is None or not _is_real(g):
-        return g
-    g = _tree.as_array(g)
-    return Gate(True, scale).scaled(widen(g)).astype(g.dtype)
+def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
+    """The gradients as they are passed on, scaled, and the gate with what they were."""
+    gate = Gate(ok, scale)
+
+    def scaled(g):
+        if g is None or scale is None or not _is_real(g):
+            return g
+        x = _tree.as_array(g)
+        x = gate.scaled(widen(x)).astype(x.dtype)
+        gate.raw[id(x)] = x, g
+        return x
+
+    if scale is None:  # nothing is scaled here, but maybe by a guard around this one
+        gate.scale, gate.raw = outer.scale, outer.raw
+        return updates, gate
+    return jax.tree.map(scaled, updates, is_leaf=_tree.is_none), gate
 
 
 def guard(
@@ -116,8 +128,8 @@ def guard(
     schedules included, keep their bits: the update is -0, the one number that changes nothing when it is added.
 
     Args:
-      tx: any optimizer. One of this package costs one more read of the gradients and no memory; for any other, also one
-        whose parts are chained with foreign ones, the old state is kept beside the new one for a moment.
+      tx: any optimizer. One of this package costs one more read of the gradients and no memory, in whatever it is
+        wrapped; of what belongs to other optimizers, the old state is kept beside the new one for a moment.
       clip_norm: largest global norm of the gradients; longer ones are scaled to it. A float or a scalar array; None
         for no clipping.
       max_consecutive: after so many skipped steps in a row something is broken for good, and the guard holds: it skips
@@ -151,7 +163,6 @@ def guard(
     if not (max_consecutive is None or (isinstance(max_consecutive, int) and max_consecutive >= 1)):
         raise ValueError(f"guard: max_consecutive={max_consecutive!r}: must be an int >= 1, or None to never give up")
     inner = optax.with_extra_args_support(tx)
-    gated = isinstance(tx, Gated)
 
     def init(params):
         leaves, _ = _tree.flatten(params)
@@ -166,17 +177,18 @@ def guard(
             norm=new(jnp.zeros((), compute_dtype(*numbers))),
         )
 
-    def update(updates, state, params=None, **extra_args):
-        look = _look(jax.tree.leaves(updates))
-        gate = Gate((look.bad < 0) & ~state.holding, _scale(look.norm, clip_norm))
-        if gated:
-            us, new = inner.update(updates, state.inner, params, gate=gate, **extra_args)
-        else:
-            scaled = jax.tree.map(lambda g: _scaled(g, gate.scale), updates, is_leaf=_tree.is_none)
-            us, new = inner.update(scaled, state.inner, params, **extra_args)
-            new = gate.held(new, state.inner)
-        us = jax.tree.map(lambda u: jnp.where(gate.ok, u, -jnp.zeros_like(u)) if _is_real(u) else u, us)
-        return us, _after(state, new, gate.ok, look, max_consecutive)
+    def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
+        outer, look = gate, _look(jax.tree.leaves(updates))
+        ok = (look.bad < 0) & ~state.holding & outer.ok
+        given, gate = _passed_on(updates, ok, _scale(look.norm, clip_norm), outer)
+        us, new = inner.update(given, state.inner, params, gate=gate, **extra_args)
+        new = gate.choose(new, state.inner)
+        us = jax.tree.map(lambda u: jnp.where(ok, u, -jnp.zeros_like(u)) if _is_real(u) else u, us)
+        after = _after(state, new, ok, look, max_consecutive)
+        if outer is not OPEN:  # a guard around this one: its verdict was part of the gate, and has been seen to
+            after = outer.choose(after._replace(inner=()), state._replace(inner=()))._replace(inner=new)
+            outer.held.append(after)
+        return us, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -22,20 +22,27 @@ A denominator is a frozen dataclass that knows one array, never a tree:
     update(state, g, numbers, center) -> state      the memory after g
     estimate(state, g, numbers, center) -> noise    from the memory after g, as it will rest (`storage.py`)
 
-where `center` is the moving average that the signal holds after g (0 if it holds none). With `divides_first` the
-estimate is made from the memory before g, and g / noise is what the signal averages; otherwise the signal's average is
-divided.
+where `center` is the moving average that the signal holds after g (0 if it holds none). With `divides_first = True`
+the estimate is made from the memory before g, and g / noise is what the signal averages; otherwise the signal's average
+is divided.
+
+Two more, which telemetry uses where they are there, because then the noise is the root of an average of |g|^2:
+
+    average(numbers) -> Average                     how that average follows |g|^2
+    second(state, center) -> v                      that average, before its bias is corrected
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
 from snr_adam._numerics import (
+    Average,
     Decay,
     Hyper,
     Scalar,
@@ -49,6 +56,24 @@ from snr_adam._numerics import (
     value_at,
 )
 from snr_adam._tree import exportable
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """What a denominator has; see the module."""
+
+    def init(self, p) -> Any: ...
+
+    def at(self, t, dtype) -> Any: ...
+
+    def update(self, state, g, numbers, center) -> Any: ...
+
+    def estimate(self, state, g, numbers, center) -> Any: ...
+
+
+def center(mu):
+    """The moving average that a spread is measured around: the signal's first, 0 if it keeps none."""
+    return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
 class _Numbers(NamedTuple):
@@ -93,6 +118,12 @@ class RMS:
     def estimate(self, v, g, k, center):
         return _root(v, k, self.debias)
 
+    def average(self, k):
+        return Average(k.v.gain, k.v.gain, k.v.debias if self.debias else 1.0)
+
+    def second(self, v, center):
+        return v
+
 
 @exportable
 class AverageAndMaximum(NamedTuple):
@@ -126,6 +157,12 @@ class Maximum:
 
     def estimate(self, state, g, k, center):
         return _root(state.v_max, k, debias=False)
+
+    def average(self, k):
+        return Average(k.v.gain, k.v.gain, k.v.debias if self.debias else 1.0)
+
+    def second(self, state, center):
+        return state.v
 
 
 @dataclass(frozen=True)
@@ -258,6 +295,12 @@ class Rectified:
     def estimate(self, v, g, k: _Rectifier, center):
         return _root(v, k.root) * k.scale + k.constant  # a choice would be compiled as two quotients, one by 1
 
+    def average(self, k: _Rectifier):
+        return Average(k.root.v.gain, k.root.v.gain, k.root.v.debias)
+
+    def second(self, v, center):
+        return v
+
 
 class _Before(NamedTuple):
     gain: Scalar
@@ -372,6 +415,12 @@ class Spread:
     def estimate(self, s, g, k, center):
         return root(s + abs_sq(center), k[2])
 
+    def average(self, k):
+        return Average(1.0 - k[0], 1.0 - k[0], 1.0)
+
+    def second(self, s, center):
+        return s + abs_sq(center)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -421,6 +470,3 @@ class Shared:
         if any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(f"Shared: axes {axes} for parameter {path!r} of shape {shape}: an axis is out of range")
         return tuple(sorted({axis % len(shape) for axis in axes}))
-
-
-Noise = RMS | Maximum | Infinity | Belief | Yogi | Rectified | Previous | Deviation | Spread | Unit | Shared

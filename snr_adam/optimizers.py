@@ -11,96 +11,25 @@ Bias corrections are computed as expm1(t log b) where Optax computes 1 - b**t, s
 by Optax's own rounding, about 1e-5 at b2 = .999. Where a definition differs from Optax's, the docstring says so.
 """
 
-import functools
-import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from snr_adam import noise as n
 from snr_adam import signal as s
-from snr_adam._checks import check_arguments
 from snr_adam._numerics import Hyper
-from snr_adam.gate import Gated
-from snr_adam.storage import Cast, Storage
-from snr_adam.transform import descend, wrong_state
+from snr_adam._presets import preset
+from snr_adam.descent import TrustRatio
+from snr_adam.step import OPEN, Gate
+from snr_adam.storage import Cast, Name, Storage
+from snr_adam.transform import Rate, descend, wrong_state
 
 Mask = Any
 Tx = optax.GradientTransformationExtraArgs
 
 
-class _Signature(inspect.Signature):
-    """The signature that `optax.inject_hyperparams` binds arguments with.
-
-    It would cast every number to the parameters' dtype, and in bfloat16 b2 = 0.999 is 1. An array that has a dtype of
-    its own is left alone, so numbers leave here as float32 arrays (float64 with x64), and schedules as schedules of
-    such arrays.
-    """
-
-    __slots__ = ("owner",)
-    owner: str
-
-    def checked(self, args, kwargs):
-        """The arguments, bound to their names and in their ranges."""
-        unknown = sorted(set(kwargs) - set(self.parameters))
-        if unknown:
-            near = {"lr": "learning_rate", "betas": "b1 and b2", "beta1": "b1", "beta2": "b2"}.get(unknown[0])
-            meant = f" (did you mean {near}?)" if near else ""
-            raise TypeError(f"{self.owner} has no argument {unknown[0]!r}{meant}: use {', '.join(self.parameters)}")
-        try:
-            bound = super().bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{self.owner}: {error}: use {', '.join(self.parameters)}") from None
-        bound.apply_defaults()
-        check_arguments(self.owner, bound.arguments)
-        return bound
-
-    def bind(self, /, *args, **kwargs):
-        bound = self.checked(args, kwargs)
-        bound.arguments.update({name: _strong(name, x) for name, x in bound.arguments.items()})
-        return bound
-
-
-def _strong(name: str, x):
-    if name == "mu_dtype" and x is not None:
-        return jnp.dtype(x).name  # a dtype class is callable, and would be taken for a schedule
-    if callable(x) and name == "mask":
-        return _Held(x)
-    if callable(x):
-        return lambda count: _strong(name, x(count))
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return jnp.asarray(x, jnp.result_type(float))
-    return x
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A mask that is a function, in a form that is not taken for a schedule."""
-
-    mask: Any
-
-
-def _preset(make):
-    """Gives an optimizer its signature for `inject_hyperparams`."""
-    signature = inspect.signature(make)
-    held = _Signature(list(signature.parameters.values()), return_annotation=signature.return_annotation)
-    held.owner = make.__name__
-
-    @functools.wraps(make)
-    def preset(*args, **kwargs):
-        if isinstance(kwargs.get("mask"), _Held):
-            kwargs["mask"] = kwargs["mask"].mask
-        held.checked(args, kwargs)
-        return make(*args, **kwargs)
-
-    vars(preset)["__signature__"] = held
-    return preset
-
-
-def _stored(storage: str | Storage, mu_dtype) -> str | Storage:
+def _stored(storage: Name | Storage, mu_dtype) -> Name | Storage:
     """`mu_dtype` is a storage under another name."""
     if mu_dtype is None:
         return storage
@@ -124,12 +53,30 @@ def _with_parts(tx: Tx, empty: int) -> Tx:
             raise wrong_state(state)
         return chain.update(updates, state, params, **extra_args)
 
-    return Gated(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
-@_preset
+def _momentum(decay, nesterov: bool) -> Tx:
+    """`optax.trace`, whose state takes a guard's gate in: the update is computed from the trace that is kept."""
+    trace = optax.trace(decay)
+
+    def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
+        del params, extra_args
+        us, new = trace.update(updates, state)
+        if gate is not OPEN:
+            new = gate.choose(new, state)
+            us = new.trace
+            gate.held.append(new)
+        if nesterov:
+            us = jax.tree.map(lambda g, t: g + decay * t, updates, us)
+        return us, new
+
+    return optax.GradientTransformationExtraArgs(trace.init, update)
+
+
+@preset
 def adam(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -137,7 +84,7 @@ def adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """Adam: EMA / RMS.
 
@@ -176,9 +123,9 @@ def adam(
     )
 
 
-@_preset
+@preset
 def adamw(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -188,7 +135,7 @@ def adamw(
     mask: Mask = None,
     *,
     nesterov: bool = False,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AdamW: EMA / RMS with decoupled weight decay, w := w - alpha (m^ / (sqrt(v^ + eps_root) + eps) + lambda w).
 
@@ -211,9 +158,9 @@ def adamw(
     )
 
 
-@_preset
+@preset
 def nadam(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -221,7 +168,7 @@ def nadam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = True,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """NAdam: Nesterov / RMS. Args: as `adam`.
 
@@ -232,9 +179,9 @@ def nadam(
     return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, storage=storage)
 
 
-@_preset
+@preset
 def nadamw(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -244,7 +191,7 @@ def nadamw(
     mask: Mask = None,
     *,
     nesterov: bool = True,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """NAdamW: Nesterov / RMS with decoupled weight decay. Args: as `adamw`.
 
@@ -253,14 +200,14 @@ def nadamw(
     return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov, storage=storage)
 
 
-@_preset
+@preset
 def adamax(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AdaMax: EMA / Infinity, the noise being max(b2 n, |g| + eps). Args: as `adam`.
 
@@ -269,16 +216,16 @@ def adamax(
     return _with_parts(descend(learning_rate, s.EMA(b1), n.Infinity(b2, eps), storage=storage), 1)
 
 
-@_preset
+@preset
 def adamaxw(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
     weight_decay: Hyper = 1e-4,
     mask: Mask = None,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AdaMax with decoupled weight decay. Args: as `adamw`.
 
@@ -289,9 +236,9 @@ def adamaxw(
     )
 
 
-@_preset
+@preset
 def amsgrad(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -300,7 +247,7 @@ def amsgrad(
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AMSGrad: EMA / Maximum, whose noise never falls. Args: as `adam`, and whether each moment is bias-corrected.
 
@@ -312,16 +259,16 @@ def amsgrad(
     )
 
 
-@_preset
+@preset
 def adabelief(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-16,
     eps_root: Hyper = 1e-16,
     *,
     nesterov: bool = False,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AdaBelief: EMA / Belief, the noise measured around the signal. Args: as `adam`.
 
@@ -332,14 +279,14 @@ def adabelief(
     return _with_parts(descend(learning_rate, _average(b1, nesterov), n.Belief(b2, eps, eps_root), storage=storage), 1)
 
 
-@_preset
+@preset
 def yogi(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-3,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """Yogi: EMA / Yogi. Args: as `adam`.
 
@@ -351,9 +298,9 @@ def yogi(
     return _with_parts(descend(learning_rate, s.EMA(b1, initial=1e-6), n.Yogi(b2, eps), storage=storage), 1)
 
 
-@_preset
+@preset
 def radam(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
@@ -361,7 +308,7 @@ def radam(
     threshold: Hyper = 5.0,
     *,
     nesterov: bool = False,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """RAdam: EMA / Rectified. Args: as `adam`, and the length rho_t of v's memory from which on it is divided by.
 
@@ -371,9 +318,9 @@ def radam(
     return _with_parts(descend(learning_rate, _average(b1, nesterov), noise, storage=storage), 1)
 
 
-@_preset
+@preset
 def rmsprop(
-    learning_rate: Any,
+    learning_rate: Rate,
     decay: Hyper = 0.9,
     eps: Hyper = 1e-8,
     initial_scale: float | jax.Array = 0.0,
@@ -383,7 +330,7 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """RMSProp: Gradient / RMS, or Gradient / Deviation if centred; then, if asked for, momentum on the steps.
 
@@ -405,22 +352,20 @@ def rmsprop(
         noise = n.RMS(decay, *((0.0, eps) if eps_in_sqrt else (eps, 0.0)), bias_correction, initial_scale)
     step = descend(learning_rate, s.Gradient(), noise, storage=storage)
     return (
-        _with_parts(step, 2)
-        if momentum is None
-        else optax.chain(step, optax.identity(), optax.trace(momentum, nesterov))
+        _with_parts(step, 2) if momentum is None else optax.chain(step, optax.identity(), _momentum(momentum, nesterov))
     )
 
 
-@_preset
+@preset
 def lion(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.99,
     mu_dtype: Any = None,
     weight_decay: Hyper = 1e-3,
     mask: Mask = None,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """Lion: Sign / Unit with decoupled weight decay. Args: as `adamw`; b1 interpolates the step, b2 decays the memory.
 
@@ -432,9 +377,9 @@ def lion(
     )
 
 
-@_preset
+@preset
 def adopt(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.9999,
     eps: Hyper = 1e-6,
@@ -443,7 +388,7 @@ def adopt(
     nesterov: bool = False,
     use_clipping: bool = True,
     clip_value_fn: Hyper = lambda count: count**0.25,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """ADOPT: EMA of g / Previous: the gradient is divided by the noise of the steps before it, then averaged.
 
@@ -459,9 +404,9 @@ def adopt(
     )
 
 
-@_preset
+@preset
 def ademamix(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     b3: Hyper = 0.9999,
@@ -472,7 +417,7 @@ def ademamix(
     weight_decay: Hyper = 0.0,
     mask: Mask = None,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """AdEMAMix: Mixture / RMS with decoupled weight decay; the signal is m1^ + alpha m2, m2 of decay b3.
 
@@ -497,9 +442,9 @@ def ademamix(
     )
 
 
-@_preset
+@preset
 def lamb(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-6,
@@ -507,7 +452,7 @@ def lamb(
     weight_decay: Hyper = 0.0,
     mask: Mask = None,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """LAMB: AdamW whose step has, parameter by parameter, the norm of the parameter. Args: as `adamw`.
 
@@ -520,22 +465,22 @@ def lamb(
             n.RMS(b2, eps, eps_root),
             weight_decay=weight_decay,
             mask=mask,
-            trust_ratio=True,
+            descent=TrustRatio(),
             storage=storage,
         ),
         3,
     )
 
 
-@_preset
+@preset
 def centered_adam(
-    learning_rate: Any,
+    learning_rate: Rate,
     b: Hyper = 0.95,
     eps: Hyper = 1e-8,
     weight_decay: Hyper = 0.0,
     mask: Mask = None,
     *,
-    storage: str | Storage = "float32",
+    storage: Name | Storage = "float32",
 ) -> Tx:
     """Adam(W) with b1 = b2 = b, kept as mean and variance: Mean / Spread. Optax has no namesake.
 

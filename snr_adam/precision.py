@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import float_of, random_bits, round_to, seeds_at, word_of
+from snr_adam._bits import float_of, random_bits, round_to, seeds_at, word_of
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
 _CODE = {"16": jnp.int16, "8": jnp.int8}

@@ -15,21 +15,38 @@ A numerator is a frozen dataclass that knows one array, never a tree:
     init(p) -> state                         zeros like p; an array, a NamedTuple of arrays, or () for no memory
     at(t, dtype) -> numbers                  what step t = 1, 2, ... needs, computed once for all arrays
     update(state, g, numbers) -> state       the memory after g
-    estimate(old, new, g, numbers) -> x, k   the signal k x: an array, from the memory before g and after, and a scalar
-    floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
+    estimate(state, g, numbers) -> x, k      the signal k x: an array, from the memory after g, and a scalar
 
-`estimate` is given the new memory as it will rest (`storage.py`), so that a step reads what it has stored and nothing
+`estimate` is given the memory as it will rest (`storage.py`), so that a step reads what it has stored and nothing
 twice. It leaves the product with the scalar to the caller, whose learning rate joins it: one product per element.
+
+Two more, which the package's own have and telemetry uses where they are there:
+
+    floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
+    average(numbers) -> Average              how the first array of the memory follows the gradients, if it is linear
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
-from snr_adam._numerics import Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
+from snr_adam._numerics import Average, Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
 from snr_adam._tree import exportable
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """What a numerator has; see the module."""
+
+    def init(self, p) -> Any: ...
+
+    def at(self, t, dtype) -> Any: ...
+
+    def update(self, state, g, numbers) -> Any: ...
+
+    def estimate(self, state, g, numbers) -> tuple[Any, Any]: ...
 
 
 def _ema_floor(b, t):
@@ -50,7 +67,7 @@ class Gradient:
     def update(self, state, g, numbers):
         return state
 
-    def estimate(self, old, new, g, numbers):
+    def estimate(self, state, g, numbers):
         return g, 1.0
 
     def floor(self, t):
@@ -75,8 +92,11 @@ class EMA:
     def update(self, m, g, k: Decay):
         return lerp(m, g, k.gain)
 
-    def estimate(self, old, m, g, k: Decay):
+    def estimate(self, m, g, k: Decay):
         return m, k.debias if self.debias else 1.0
+
+    def average(self, k: Decay):
+        return Average(k.gain, k.gain, k.debias)
 
     def floor(self, t):
         b1 = value_at(self.b1, t)
@@ -103,15 +123,18 @@ class Mean:
     def update(self, m, g, gain):
         return lerp(m, g, gain)
 
-    def estimate(self, old, m, g, gain):
+    def estimate(self, m, g, gain):
         return m, 1.0
+
+    def average(self, gain):
+        return Average(gain, gain, 1.0)
 
     def floor(self, t):
         return _ema_floor(value_at(self.b1, t), t)
 
 
 class _Lookahead(NamedTuple):
-    gain: Scalar
+    m: Decay
     scale: Scalar
     ahead: Scalar
 
@@ -131,13 +154,16 @@ class Nesterov:
         k = decay_at(self.b1, t, dtype)
         after = -1.0 / jnp.expm1((t.astype(dtype) + 1.0) * k.log)
         # b1 k' m + (1-b1) k g = (b1 m + (1-b1) (k/k') g) k': one product per addition, see _numerics
-        return _Lookahead(k.gain, after, k.gain * k.debias / after) if self.debias else _Lookahead(k.gain, 1.0, k.gain)
+        return _Lookahead(k, after, k.gain * k.debias / after) if self.debias else _Lookahead(k, 1.0, k.gain)
 
     def update(self, m, g, k: _Lookahead):
-        return lerp(m, g, k.gain)
+        return lerp(m, g, k.m.gain)
 
-    def estimate(self, old, m, g, k: _Lookahead):
-        return (m - times(m, k.gain)) + times(g, k.ahead), k.scale
+    def estimate(self, m, g, k: _Lookahead):
+        return (m - times(m, k.m.gain)) + times(g, k.ahead), k.scale
+
+    def average(self, k: _Lookahead):
+        return Average(k.m.gain, k.m.gain, k.m.debias)
 
     def floor(self, t):
         b = value_at(self.b1, t)
@@ -180,8 +206,11 @@ class Mixture:
     def update(self, m, g, k: _Mix):
         return FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
 
-    def estimate(self, old, m, g, k: _Mix):
+    def estimate(self, m, g, k: _Mix):
         return m.m1 + times(m.m2, k.alpha), k.fast.debias
+
+    def average(self, k: _Mix):
+        return Average(k.fast.gain, k.fast.gain, k.fast.debias)
 
     def floor(self, t):
         b1, b3 = value_at(self.b1, t), value_at(self.b3, t)
@@ -193,39 +222,41 @@ class Mixture:
         return w1 * w1 * overlap(b1, b1) + 2 * w1 * w3 * overlap(b1, b3) + w3 * w3 * overlap(b3, b3)
 
 
-class _Look(NamedTuple):
-    look: Scalar
-    gain: Scalar
-    ahead: Scalar | None
+class _Interpolation(NamedTuple):
+    m: Decay
+    ahead: Scalar
 
 
 @dataclass(frozen=True)
 class Sign:
     """sign(c_t), c_t = b1 m_{t-1} + (1-b1) g_t, then m_t = b2 m_{t-1} + (1-b2) g_t. Its size is 1: needs no noise.
 
-    c_t is read off m_t, as m_t + (b2-b1)/b2 (g_t - m_t): reading m_{t-1} would cost a copy of it.
+    c_t is read off m_t, as m_t + (b2-b1)/b2 (g_t - m_t): reading m_{t-1} would cost a copy of it. So b2 may not be 0.
     """
 
     b1: Hyper = 0.9
     b2: Hyper = 0.99
-    __post_init__ = check_fields
+
+    def __post_init__(self):
+        check_fields(self)
+        if isinstance(self.b2, (int, float)) and self.b2 == 0:
+            raise ValueError("Sign: b2=0: must be above 0, or m keeps nothing of the gradients before; 0.99 is usual")
 
     def init(self, p):
         return moment_like(p)
 
     def at(self, t, dtype):
-        look, gain = decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype).gain
-        forgets = isinstance(gain, float) and gain == 1.0
-        return _Look(look, gain, None if forgets else (look - gain) / (1.0 - gain))
+        look, m = decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype)
+        return _Interpolation(m, (look - m.gain) / (1.0 - m.gain))
 
-    def update(self, m, g, k: _Look):
-        return lerp(m, g, k.gain)
+    def update(self, m, g, k: _Interpolation):
+        return lerp(m, g, k.m.gain)
 
-    def estimate(self, old, m, g, k: _Look):
-        return jnp.sign(lerp(old, g, k.look) if k.ahead is None else lerp(m, g, k.ahead)), 1.0
+    def estimate(self, m, g, k: _Interpolation):
+        return jnp.sign(lerp(m, g, k.ahead)), 1.0
+
+    def average(self, k: _Interpolation):
+        return Average(k.m.gain, k.m.gain, k.m.debias)
 
     def floor(self, t):
         return 1.0
-
-
-Signal = Gradient | EMA | Mean | Nesterov | Mixture | Sign

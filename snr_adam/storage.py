@@ -23,13 +23,41 @@ as some do with a conversion to a narrow float and back.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam._numerics import float_of, round_to, word_of
+from snr_adam._bits import float_of, round_to, word_of
+from snr_adam._tree import exportable
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """What a storage has; see the module."""
+
+    def encode(self, mu, nu, dither) -> tuple[Any, Any]: ...
+
+    def decode(self, mu, nu, dtype) -> tuple[Any, Any]: ...
+
+
+Name = Literal["float32", "bfloat16", "packed"]
+
+
+@exportable
+class InWords(NamedTuple):
+    """The `nu` of a state whose two moments lie together in the words of `mu` (`Packed`)."""
+
+
+@exportable
+class InOwnForm(NamedTuple):
+    """The `nu` of a state in a storage that this package does not know: only the optimizer itself can read it.
+
+    nu: what the storage's `encode` has returned.
+    """
+
+    nu: Any
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Packed:
 
     Both keep float32's exponents: no scales, no blocks, nothing depends on a neighbour; zero is exact; subnormals are
     zero. RMS error of Adam's update against float32 moments: 0.6 % at b2 = .95, 1.4 % at .999, 1.6 % at .9999
-    (`benchmarks/storage.py`). The words are the state's `mu`; its `nu` is ().
+    (`benchmarks/storage.py`). The words are the state's `mu`; its `nu` is the mark `InWords()`.
     """
 
     def encode(self, mu, nu, dither):
@@ -142,16 +170,32 @@ def _kept(tree) -> str:
     return "no moment" if not number else f"{number} moments ({type(tree).__name__})" if number > 1 else "one moment"
 
 
-Storage = Full | Cast | Packed
 _BY_NAME = {"float32": Full(), "bfloat16": Cast("bfloat16", "bfloat16"), "packed": Packed()}
 
 
-def resolve(storage: "str | Storage") -> Any:
+def resolve(storage: Name | Storage) -> Any:
     """The storage of that name, or the object itself."""
     if isinstance(storage, str) and storage in _BY_NAME:
         return _BY_NAME[storage]
-    if hasattr(storage, "encode") and hasattr(storage, "decode"):
+    if isinstance(storage, Storage) and not isinstance(storage, type):
         return storage
+    if isinstance(storage, type):
+        raise ValueError(f"storage={storage!r} is a class: write {storage.__name__}()")
+    lacks = [name for name in ("encode", "decode") if not hasattr(storage, name)]
+    missing = f" lacks {lacks[0]}" if len(lacks) == 1 else ""
     raise ValueError(
-        f"storage={storage!r}: use one of the names {sorted(_BY_NAME)} or an object such as Cast(nu='bfloat16')"
+        f"storage={storage!r}{missing}: use one of the names {sorted(_BY_NAME)} or an object such as "
+        "Cast(nu='bfloat16')"
     )
+
+
+def mark(storage: Storage, nu) -> Any:
+    """`nu`, the tree of a whole state, marked with the form in which this storage keeps the moments."""
+    if isinstance(storage, Packed):
+        return InWords()
+    return nu if isinstance(storage, (Full, Cast)) else InOwnForm(nu)
+
+
+def unmark(nu) -> Any:
+    """What `mark` was given."""
+    return () if isinstance(nu, InWords) else nu.nu if isinstance(nu, InOwnForm) else nu

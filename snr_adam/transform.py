@@ -1,43 +1,33 @@
-"""The heart: w := w - alpha signal / noise, for one array, lifted to trees once.
+"""The step of one array, lifted to trees once: `scale_by_snr` and `descend`.
 
-For every parameter a step does the same five things:
-
-    decode     the moments from the form they rest in                            storage.py
-    update     them with the gradient                                            signal.py, noise.py
-    encode     them for their rest                                               storage.py
-    estimate   signal and noise from the moments as they will rest               signal.py, noise.py
-    divide     u = signal / noise                                                here, and nowhere else
-
-Arithmetic is float32 (float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage; the
-update comes back in the gradient's dtype. The learning rate divides the noise before the division: an update that
-ends in a division or an addition gives the same bits whether or not the compiler fuses it with `params + update`. Where
-it would end in a product (x / 1, or a trust ratio) a zero is added, see `_numerics.unseen_zero`.
+The formula is in `step.py`. Here are the tree, the count, the numbers that all arrays of a step share, and what reaches
+a step from around it: the gate of a `guard`, the look of an `observe`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
-from snr_adam._checks import check_arguments
-from snr_adam._numerics import (
-    Hyper,
-    complex_like,
-    compute_dtype,
-    divide,
-    random_bits,
-    seeds_at,
-    unseen_zero,
-)
-from snr_adam.descent import Descent
-from snr_adam.gate import OPEN, Gate, Gated
+from snr_adam._bits import random_bits, seeds_at
+from snr_adam._checks import check_arguments, check_part
+from snr_adam._compiler import unseen_zero
+from snr_adam._look import Look, Seen
+from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
+from snr_adam.descent import Decoupled, Descent, decays
 from snr_adam.noise import RMS, Noise, Shared
 from snr_adam.signal import EMA, Signal
-from snr_adam.storage import Storage
+from snr_adam.step import OPEN, Gate, Rule, Stored
+from snr_adam.storage import Name, Storage
+
+Rate = float | jax.Array | Callable[[Any], Any] | Any
+"""A learning rate: a number, a scalar array, a schedule, or a tree of these that is a prefix of the parameters."""
 
 
 @_tree.exportable
@@ -46,7 +36,8 @@ class ScaleBySnrState(NamedTuple):
 
     count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
     mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).
-    nu: the noise's memory, likewise.
+    nu: the noise's memory, likewise; or a mark of the form in which both rest: `SharedNoise`, `storage.InWords`,
+      `storage.InOwnForm`.
     """
 
     count: Any
@@ -54,24 +45,9 @@ class ScaleBySnrState(NamedTuple):
     nu: Any
 
 
-class _Stored(NamedTuple):
-    """The moments of one parameter, as they rest."""
-
-    mu: Any
-    nu: Any
-
-
-class _Step(NamedTuple):
-    """The numbers of one step in one dtype, shared by all parameters."""
-
-    signal: Any
-    noise: Any
-    zero: Any
-
-
 @_tree.exportable
 class SharedNoise(NamedTuple):
-    """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `sharing.share`).
+    """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `state.share`).
 
     v: one array per parameter, in the order of the tree's leaves, with size 1 along the axes that share. Not a tree
       like the parameters, because Flax and others give every array in such a tree the sharding of its parameter.
@@ -80,78 +56,91 @@ class SharedNoise(NamedTuple):
     v: tuple
 
 
-class _Rule:
-    """The step of one array, for a fixed choice of signal, noise and storage."""
+class _Memory:
+    """What one parameter keeps, and how the tree of a state holds it."""
 
-    def __init__(self, signal: Signal, noise: Noise, storage: str | Storage):
-        self.axes_of = noise.axes_of if isinstance(noise, Shared) else None
-        self.noise: Any = noise.noise if isinstance(noise, Shared) else noise
-        self.signal, self.storage = signal, storages.resolve(storage)
-        self.memory = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.zeros((), jnp.float32))))
+    def __init__(self, rule: Rule, axes_of):
+        self.rule, self.axes_of = rule, axes_of
+        self.inner = jax.tree.structure(jax.eval_shape(lambda: rule.init(jnp.zeros((), jnp.float32))))
         self.kept = functools.cache(self._kept)
-        if self.axes_of and not self._can_share():
+        if axes_of and not self._can_share():
             raise ValueError(
-                f"Shared({self.noise!r}) with storage={storage!r}: sharing needs a noise that keeps one array per "
+                f"Shared({rule.noise!r}) with storage={rule.storage!r}: sharing needs a noise that keeps one array per "
                 "parameter, such as RMS, and a storage that keeps it apart from the signal: 'float32' or 'bfloat16'"
             )
 
     def _can_share(self) -> bool:
         """Whether the noise is one array per parameter and stays the size it starts with."""
-        if self.memory != jax.tree.structure(_Stored(0, 0)):
+        noise = self.rule.noise
+        if self.inner != jax.tree.structure(Stored(0, 0)):
             return False
 
         def after(g):
-            return self.noise.update(self.noise.init(g[:1]), g, self.noise.at(jnp.int32(1), jnp.float32), g)
+            return noise.update(noise.init(g[:1]), g, noise.at(jnp.int32(1), jnp.float32), g)
 
         return jax.eval_shape(after, jax.ShapeDtypeStruct((2,), jnp.float32)).shape == (1,)
 
-    def init(self, p, shared: tuple[int, ...] = ()) -> _Stored:
-        def dither(shape, stream):
-            return jnp.zeros(shape, jnp.uint32)
-
-        nu: Any = self.noise.init(p)
-        if shared:
-            nu = jnp.mean(nu, shared, keepdims=True)
-        return _Stored(*self.storage.encode(self.signal.init(p), nu, dither))
-
     def _kept(self, dtype) -> list[str]:
         """The dtypes at rest of the moments of a parameter of `dtype`."""
-        return [str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: self.init(jnp.zeros((), dtype))))]
+        return [str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: self.rule.init(jnp.zeros((), dtype))))]
 
-    def rows(self, outer, updates, state: ScaleBySnrState, shared: bool) -> list[_Stored]:
+    def init(self, params, leaves) -> list[Stored | None]:
+        axes = [()] * len(leaves)
+        if self.axes_of:
+            axes = [self.axes_of(path, jnp.shape(p)) for path, p in _tree.named_leaves(params)]
+        return [
+            None if p is None else _tree.init_like(functools.partial(self.rule.init, shared=over), _tree.as_array(p))
+            for p, over in zip(leaves, axes, strict=True)
+        ]
+
+    def split(self, outer, updates, state: ScaleBySnrState) -> list[Stored]:
         """The moments of every leaf."""
-        stored = _Stored(state.mu, outer.unflatten(state.nu.v) if shared else state.nu)
+        shared = isinstance(state.nu, SharedNoise)
+        nu = outer.unflatten(state.nu.v) if shared else storages.unmark(state.nu)
         try:
-            return _tree.split(outer, self.memory, stored, updates)
+            if not shared and type(storages.mark(self.rule.storage, nu)) is not type(state.nu):
+                raise ValueError("the moments rest in another form")
+            return _tree.split(outer, self.inner, Stored(state.mu, nu), updates)
         except ValueError as error:
+            rule = self.rule
             raise ValueError(
-                f"{error}. (This optimizer keeps {self.signal}, {self.noise} in {self.storage}; the state's mu is "
+                f"{error}. (This optimizer keeps {rule.signal}, {rule.noise} in {rule.storage}; the state's mu is "
                 f"{type(state.mu).__name__}, its nu {type(state.nu).__name__}: of another optimizer or storage?)"
             ) from None
 
-    def at(self, t, dtype) -> _Step:
-        return _Step(self.signal.at(t, dtype), self.noise.at(t, dtype), unseen_zero(t, dtype))
-
-    def estimate(self, g, stored: _Stored, step: _Step, dtype, dither, gate: Gate | None):
-        """The signal as (array, scalar) and the noise of one array, and its memory at rest."""
-        old = _Stored(*self.storage.decode(*stored, dtype))
-        x, noise = g, None
-        if self.noise.divides_first:
-            x, noise = divide(g, self.noise.estimate(old.nu, g, step.noise, None)), 1.0
-        mu = self.signal.update(old.mu, x, step.signal)
-        nu = self.noise.update(old.nu, g, step.noise, _center(mu))
-        if gate:  # encoding what was decoded gives the bits that were there, see storage.py
-            mu, nu = gate.held((mu, nu), tuple(old))
-        stored = _Stored(*self.storage.encode(mu, nu, dither))
-        mu, nu = self.storage.decode(*stored, dtype)  # from here on what is stored, and the step reads nothing twice
-        if noise is None:
-            noise = self.noise.estimate(nu, g, step.noise, _center(mu))
-        return self.signal.estimate(old.mu, mu, x, step.signal), noise, stored
+    def join(self, outer, rows, count, shared: bool) -> ScaleBySnrState:
+        """The inverse of `split`."""
+        mu, nu = _tree.join(outer, self.inner, rows)
+        nu = SharedNoise(tuple(outer.flatten_up_to(nu))) if shared else storages.mark(self.rule.storage, nu)
+        return ScaleBySnrState(count, mu, nu)
 
 
-def _center(mu):
-    """The moving average that a spread is measured around: the signal's first, 0 if it keeps none."""
-    return next(iter(jax.tree.leaves(mu)), 0.0)
+class _PerLeaf(NamedTuple):
+    """Learning rate, weight decay and the mask of the latter, as they were given."""
+
+    alpha: Any = None
+    weight_decay: Any = 0.0
+    mask: Any = None
+
+    def at(self, t, outer, updates, params) -> tuple[list, list]:
+        """alpha and lambda of every leaf."""
+
+        def resolve(hyper):
+            return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
+
+        if self.alpha is None:
+            return [None] * outer.num_leaves, [0.0] * outer.num_leaves
+        alphas = _tree.spread(resolve(self.alpha), outer, updates, "learning_rate")
+        decay = resolve(self.weight_decay)
+        if self.mask is None:
+            return alphas, [decay] * outer.num_leaves
+        mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
+        return alphas, [_select(on, decay) for on in _tree.spread(mask, outer, updates, "mask")]
+
+
+def _select(on, decay):
+    """decay where the mask is on, else 0; decided now if the mask is known now. A frozen parameter's mask is None."""
+    return (decay if on else 0.0) if on is None or isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
 
 
 def _in(dtype, x):
@@ -168,27 +157,18 @@ def wrong_state(state) -> TypeError:
     )
 
 
-def _flat(outer, nu) -> SharedNoise:
-    return SharedNoise(tuple(outer.flatten_up_to(nu)))
-
-
-def _lift(rule: _Rule, descent: Descent) -> Gated:
+def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationExtraArgs:
     """The step of one array as a pure (init, update) pair over trees."""
+    rule = memory.rule
+    needs_params = per_leaf.alpha is not None and (rule.descent.needs_params or decays(per_leaf.weight_decay))
 
     def init(params):
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
-        shared = [()] * len(leaves)
-        if rule.axes_of:
-            shared = [rule.axes_of(path, jnp.shape(p)) for path, p in _tree.named_leaves(params)]
-        rows = [
-            None if p is None else _tree.init_like(functools.partial(rule.init, shared=axes), _tree.as_array(p))
-            for p, axes in zip(leaves, shared, strict=True)
-        ]
-        mu, nu = _tree.join(outer, rule.memory, rows)
-        return ScaleBySnrState(_tree.new_count(leaves), mu, _flat(outer, nu) if rule.axes_of else nu)
+        rows = memory.init(params, leaves)
+        return memory.join(outer, rows, _tree.new_count(leaves), bool(memory.axes_of))
 
-    def update(updates, state, params=None, *, gate: Gate | None = None, **extra_args):
+    def update(updates, state, params=None, *, gate: Gate = OPEN, look: Look | None = None, **extra_args):
         del extra_args
         if not isinstance(state, ScaleBySnrState):
             raise wrong_state(state)
@@ -196,42 +176,59 @@ def _lift(rule: _Rule, descent: Descent) -> Gated:
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)
-        rows = rule.rows(outer, updates, state, shared)
+        rows = memory.split(outer, updates, state)
         ps = [None] * len(leaves) if params is None else _tree.match(outer, params, updates, "parameters")
-        _tree.check_leaves(updates, leaves, rows, ps, rule.kept, shared)
-        if params is None and descent.needs_params:
+        _tree.check_leaves(updates, leaves, rows, ps, memory.kept, shared)
+        if params is None and needs_params:
             raise ValueError(
                 "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
             )
-        alphas, decays = descent.per_leaf(t, outer, updates, params)
+        alphas, lambdas = per_leaf.at(t, outer, updates, params)
         seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
-        numbers = functools.cache(lambda dtype: rule.at(t, dtype))
+        numbers = functools.cache(lambda dtype: rule.at(t, dtype, unseen_zero(t, dtype)))
+        paths = [path for path, _ in _tree.named_leaves(updates)] if look is not None else [""] * len(leaves)
 
-        def leaf(number, g, stored, p, alpha, decay):
-            if g is None:
+        def leaf(number, path, given, stored, p, alpha, decay):
+            if given is None:
                 return None, stored
-            g = _tree.as_array(g)
+            g = _tree.as_array(given)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
-            x = (gate or OPEN).scaled(g.astype(wide))
-            signal, noise, stored = rule.estimate(x, stored, numbers(dtype), dtype, dither, gate)
+            k = numbers(dtype)._replace(zero=numbers(dtype).zero.astype(wide))
+            gradient = functools.partial(gate.given, given, lambda g: _tree.as_array(g).astype(wide))
+            x = gradient()
+            new = rule.moments(x, stored, k, dtype, dither, gate)
+            ratio = rule.ratio(x, stored, new, k, dtype)
             p = None if p is None else _tree.as_array(p).astype(wide)
-            zero = numbers(dtype).zero.astype(wide)
-            u = descent.step(signal, noise, p, _in(dtype, alpha), _in(dtype, decay), zero)
-            return u.astype(g.dtype), stored
+            alpha, decay = _in(dtype, alpha), _in(dtype, decay)
+            if look is not None:
+                look.note(path, Seen(rule, gradient, stored, new, k, dtype, gate.ok, t, alpha, decay))
+            u = ratio.value if alpha is None else rule.descent.update(ratio, p, alpha, decay)
+            return u.astype(g.dtype), new
 
-        new = [leaf(*each) for each in zip(range(len(leaves)), leaves, rows, ps, alphas, decays, strict=True)]
-        out = outer.unflatten([u for u, _ in new])
-        mu, nu = _tree.join(outer, rule.memory, [stored for _, stored in new])
-        count = gate.held(t, state.count) if gate else t
-        return out, ScaleBySnrState(count, mu, _flat(outer, nu) if shared else nu)
+        each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, strict=True)
+        new = [leaf(*row) for row in each]
+        count = t if gate is OPEN else gate.choose(t, state.count)
+        after = memory.join(outer, [stored for _, stored in new], count, shared)
+        if gate is not OPEN:
+            gate.held.append(after)
+        return outer.unflatten([u for u, _ in new]), after
 
-    return Gated(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _build(owner: str, signal, noise, storage, descent, per_leaf=_PerLeaf()):
+    axes_of = noise.axes_of if isinstance(noise, Shared) else None
+    inside = noise.noise if isinstance(noise, Shared) else noise
+    check_part(owner, "signal", signal, Signal, "EMA(0.9)")
+    check_part(owner, "noise", inside, Noise, "RMS(0.999)")
+    check_part(owner, "descent", descent, Descent, "Decoupled()")
+    return _lift(_Memory(Rule(signal, inside, storage, descent), axes_of), per_leaf)
 
 
 def scale_by_snr(
-    signal: Signal = EMA(), noise: Noise = RMS(), storage: str | Storage = "float32"
+    signal: Signal = EMA(), noise: Noise | Shared = RMS(), storage: Name | Storage = "float32"
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the gradient's signal by its noise.
 
@@ -244,14 +241,15 @@ def scale_by_snr(
       storage: how the moments rest between steps, a name or an object of `snr_adam.storage`.
 
     Returns:
-      A transformation whose state is a `ScaleBySnrState` and whose updates have the gradients' structure, shapes and
-      dtypes. It needs no `params` and ignores extra arguments.
+      A transformation with state `ScaleBySnrState`. Its updates have the dtypes of the gradients.
 
     Raises:
-      ValueError: for an unknown storage, or when gradients and state do not belong together.
-      TypeError: for parameters or gradients that are not floating or complex.
+      ValueError: for an unknown storage, or one that cannot hold what signal and noise keep; when initializing or
+        updating, if gradients, moments and parameters do not belong together.
+      TypeError: if signal or noise lacks what such a part needs; when initializing or updating, for leaves that are
+        neither floating nor complex, and for a state of another optimizer.
 
-    >>> tx = scale_by_snr()
+    >>> tx = scale_by_snr(EMA(0.9), RMS(0.999))
     >>> state = tx.init(jnp.zeros(2))
     >>> updates, state = tx.update(jnp.array([3.0, -0.001]), state)
     >>> print(updates.round(5))  # one gradient is all signal, whatever its size
@@ -259,18 +257,18 @@ def scale_by_snr(
 
     Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
     """
-    return _lift(_Rule(signal, noise, storage), Descent())
+    return _build("scale_by_snr", signal, noise, storage, Decoupled())
 
 
 def descend(
-    learning_rate: Any,
+    learning_rate: Rate,
     signal: Signal = EMA(),
-    noise: Noise = RMS(),
+    noise: Noise | Shared = RMS(),
     *,
     weight_decay: Hyper = 0.0,
     mask: Any = None,
-    trust_ratio: bool = False,
-    storage: str | Storage = "float32",
+    descent: Descent = Decoupled(),
+    storage: Name | Storage = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """The whole step: u = -alpha (signal / noise + lambda p).
 
@@ -282,14 +280,20 @@ def descend(
       weight_decay: lambda, decoupled from signal and noise (Loshchilov & Hutter 2019). A float, a scalar array or a
         schedule.
       mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from them to one.
-      trust_ratio: scales each parameter's step to |p| (LAMB).
+      descent: what is done with the ratio, a part of `snr_adam.descent`: `Decoupled()`, or `TrustRatio()` for LAMB.
       storage: how the moments rest between steps.
 
     Returns:
       A transformation with state `ScaleBySnrState`; `update` needs `params` if there is weight decay or a trust ratio.
 
     Raises:
-      ValueError: as `scale_by_snr`, and if `params` is needed and missing.
+      ValueError, TypeError: as `scale_by_snr`, and if `params` is needed and missing.
+
+    >>> tx = descend(0.5, EMA(0.9), RMS(0.999), weight_decay=0.1)
+    >>> w = jnp.array([1.0, -2.0])
+    >>> updates, state = tx.update(jnp.array([3.0, -0.001]), tx.init(w), w)
+    >>> print(updates.round(4))
+    [-0.55  0.6 ]
     """
     check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
-    return _lift(_Rule(signal, noise, storage), Descent(learning_rate, weight_decay, mask, trust_ratio))
+    return _build("descend", signal, noise, storage, descent, _PerLeaf(learning_rate, weight_decay, mask))

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import snr_adam
-from snr_adam._numerics import mix
+from snr_adam._bits import mix
 from snr_adam.state import digest
 from snr_adam.state.digest import manifest, verify
 from snr_adam.state.files import restore_state, save_state

@@ -27,7 +27,7 @@ import test_storage
 import test_twins
 
 import snr_adam
-from snr_adam import _numerics, _tree, noise, precision, signal, storage, transform
+from snr_adam import _bits, _numerics, _tree, noise, precision, signal, storage, transform
 
 checkpoint, migration = (sys.modules[f"snr_adam.state.{name}"] for name in ("digest", "migration"))
 
@@ -133,8 +133,8 @@ def _power(b, t, dtype):
 
 def _biased(self, mu, nu, dither):
     bits = dither(mu.shape, 0)
-    m = (_numerics.word_of(mu) + jnp.minimum((bits >> 16) + 0x1000, 0xFFFF)) & storage._HIGH
-    return m | (_numerics.word_of(nu) + (bits & 0x7FFF)) >> 15, ()
+    m = (_bits.word_of(mu) + jnp.minimum((bits >> 16) + 0x1000, 0xFFFF)) & storage._HIGH
+    return m | (_bits.word_of(nu) + (bits & 0x7FFF)) >> 15, ()
 
 
 # name -> the wrong parts, and the test that catches them

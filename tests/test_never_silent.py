@@ -214,11 +214,11 @@ TREES = {
     "the state of a part in a preset": (lambda: step(A, state=scale_by_snr().init(W)), kind("state", "Sc", ORDER)),
     "a packed state for float32": (
         lambda: step(A, state=adam(0.1, storage="packed").init(W)),
-        number("moments", "its nu tuple", "another optimizer or storage"),
+        number("moments", "its nu InWords", "another optimizer or storage"),
     ),
     "a packed state of one array for float32": (
         lambda: step(A, G["w"], W["w"], adam(0.1, storage="packed").init(W["w"])),
-        number("the tree itself", "uint32, not ['float32', 'float32']", "an optimizer with the same options"),
+        number("another form", "its nu InWords", "another optimizer or storage"),
     ),
     "a float32 state for packed": (
         lambda: step(adam(0.1, storage="packed"), state=A.init(W)),

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import chi2
 
 import snr_adam
-from snr_adam._numerics import random_bits, round_to, seeds_at, word_of
+from snr_adam._bits import random_bits, round_to, seeds_at, word_of
 
 DRAWS = 1 << 22
 LEAST = 1e-5  # p-values; some 300 are looked at

@@ -17,7 +17,8 @@ from cases import gradients, tree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam.telemetry._averages import solve
+from snr_adam.telemetry._averages import Last
+from snr_adam.telemetry._outside import averages_of
 
 OPTIMIZERS = {
     "optax.adam": lambda: optax.adam(0.01),
@@ -32,8 +33,8 @@ OPTIMIZERS = {
     "snr_adam.ademamix": lambda: snr_adam.ademamix(0.01),
     "snr_adam.centered_adam": lambda: snr_adam.centered_adam(0.01),
     "snr_adam.lamb": lambda: snr_adam.lamb(0.01),
-    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01)),
-    "clip, trust ratio": lambda: optax.chain(optax.clip(0.1), optax.lamb(0.01)),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.5), snr_adam.adamw(0.01)),
+    "scaled, trust ratio": lambda: optax.chain(optax.scale(0.5), optax.lamb(0.01)),
     "masked": lambda: optax.masked(optax.adam(0.01), {"scalar": True, "one": False, "block": True, "empty": True}),
     "partition": lambda: optax.partition(
         {"x": optax.adam(0.01), "y": optax.sgd(0.1, momentum=0.5)},
@@ -48,7 +49,7 @@ def _train(tx, params, grads):
     """Updates of every step, and the last parameters and state; state donated, update and apply apart.
 
     In one program XLA rounds `params + alpha * x` of Optax's updates once or twice, as it likes, with and without any
-    company: see `_numerics.unseen_zero`, which is why this package's own updates do not have that.
+    company: see `_compiler.unseen_zero`, which is why this package's own updates do not have that.
     """
     update = jax.jit(tx.update, donate_argnums=1)
     state, seen = tx.init(params), []
@@ -159,9 +160,9 @@ def _compiled(tx, shape=BIG):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("snr_adam.adamw", 25),  # g and m, and the sums of 16 rows twice. Rarely, one pass over g, m, v and p.
-        ("snr_adam.adamw, packed", 21),
-        ("optax.sgd", 21),
+        ("snr_adam.adamw", 28),  # g, m and v; rarely, one more pass over g, m, v and p
+        ("snr_adam.adamw, packed", 20),
+        ("optax.sgd", 32),
     ],
 )
 def test_no_temporaries_and_no_byte_too_many(name, extra):
@@ -169,7 +170,7 @@ def test_no_temporaries_and_no_byte_too_many(name, extra):
     plain, observed = _compiled(OPTIMIZERS[name]()), _compiled(snr_adam.observe(OPTIMIZERS[name](), 10))
     size = np.prod(BIG)
     temporary = [x.memory_analysis().temp_size_in_bytes / size for x in (plain, observed)]
-    assert temporary[1] < temporary[0] + 0.6  # of two arrays a sixteenth, of the one leaf that is being summed
+    assert temporary[1] < temporary[0] + 0.01
     moved = [x.cost_analysis()["bytes accessed"] / size for x in (plain, observed)]
     assert moved[1] - moved[0] < extra + 1
 
@@ -181,7 +182,7 @@ def test_memory_grows_with_layers_and_not_with_parameters():
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)._replace(inner=None)))
 
     small, large = [jnp.zeros(3)] * 10, [jax.ShapeDtypeStruct((3000, 3000), jnp.float32)] * 10
-    assert own(small) == own(large) < 40 * 10
+    assert own(small) == own(large) < 30 * 10
 
 
 def _sharded(axis_type):
@@ -323,7 +324,7 @@ def test_elements_without_gradient_are_not_counted():
     state = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 200))[0])(
         tx.init(jnp.zeros(4000))
     )
-    assert state.detail.counted == 400
+    assert Last(*state.last).counted == 400
     assert 0.15 < snr_adam.report(state).total["significant"] < 0.35
 
 
@@ -335,28 +336,32 @@ def test_the_floor_is_what_pure_noise_shows(kind):
     assert pseudo == pytest.approx(floor, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("name", "decay"),
-    [
-        ("optax.adamw", 0.9),
-        ("optax.lion", 0.99),
-        ("optax.sgd", 0.9),
-        ("snr_adam.adamw, packed", 0.9),
-        ("snr_adam.adamw, bfloat16", 0.9),
-        ("snr_adam.ademamix", 0.9),
-        ("clip", 0.9),
-    ],
-)
-def test_decays_are_measured(name, decay):
-    """Also behind a clip, which shrinks what the moment is given, and from rounded moments."""
-    rng = np.random.default_rng(0)
-    grads = [jnp.asarray(rng.normal(size=3000), "float32") for _ in range(30)]
-    _, state = _train(snr_adam.observe(OPTIMIZERS[name]()), jnp.ones(3000), grads)
-    ones = 0.0 if "sgd" in name else 1.0
-    np.testing.assert_allclose(solve(state.first, ones)[0], decay, rtol=5e-3)
-    if name == "optax.adamw":
-        np.testing.assert_allclose(solve(state.second, 1.0)[0], 0.999, rtol=1e-4)
-        np.testing.assert_allclose(state.weights.first, 1 - 0.9**30, rtol=1e-4)
+EMA, SQUARE = (0.1, 0.1), (0.001, 0.001)
+FOUND = {
+    "adamw": (optax.adamw(0.1), EMA, SQUARE),
+    "other decays": (optax.adamw(0.1, b1=0.95, b2=0.9999), (0.05, 0.05), (0.0001, 0.0001)),
+    "nadam": (optax.nadam(0.1), EMA, SQUARE),
+    "a narrow m": (optax.adam(0.1, mu_dtype="bfloat16"), EMA, SQUARE),
+    "a schedule": (optax.adam(lambda count: 0.1 / (1 + count)), EMA, SQUARE),
+    "lion": (optax.lion(0.1), (0.01, 0.01), None),
+    "momentum": (optax.sgd(0.1, momentum=0.9), (1.0, 0.1), None),
+    "half the gradient": (optax.chain(optax.scale(0.5), optax.adam(0.1)), (0.05, 0.1), (0.00025, 0.001)),
+    "yogi": (optax.yogi(0.1), EMA, None),
+    "adabelief": (optax.adabelief(0.1), EMA, None),
+    "adamax": (optax.adamax(0.1), EMA, None),
+    "rmsprop": (optax.rmsprop(0.1, momentum=0.9), None, None),
+    "decay before": (optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1)), None, None),
+    "wants more": (optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()), None, None),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_decays_of_other_optimizers_are_found(name):
+    """Exactly, without the run's own gradients; where a moment is no linear average there are none."""
+    tx, *expected = FOUND[name]
+    for found in averages_of(tx, [jnp.ones((3, 2)), None, jnp.ones(())], jax.tree.structure((0, 0, 0)))[::2]:
+        for average, numbers in zip(found, expected, strict=True):
+            assert (average and average[:2]) == (numbers and pytest.approx(numbers, rel=1e-9)), (average, numbers)
 
 
 @pytest.mark.parametrize("name", ["optax.adamw", "clip", "snr_adam.centered_adam", "snr_adam.adamw, packed"])
@@ -382,8 +387,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
     grads = [jnp.full(3, 1.0 + t) for t in range(5)]
     _, want = _train(tx, jnp.ones(3), grads)
     _, got = _train(tx, jnp.ones(3), [*grads, jnp.full(3, jnp.nan)])
-    _assert_same_bits(got.moving, want.moving)
-    _assert_same_bits(got.detail, want.detail)
+    _assert_same_bits((got.means, got.last), (want.means, want.last))
 
 
 def test_a_running_optimizer_can_be_observed_from_now_on():
@@ -413,5 +417,5 @@ def test_without_a_first_moment_there_is_an_error_that_names_what_is_there(tx):
 
 
 def test_multi_steps_goes_outside():
-    with pytest.raises(ValueError, match="inside of MultiSteps"):
+    with pytest.raises(ValueError, match=r"instead: optax.MultiSteps\(snr_adam.observe\(tx\), k\)"):
         snr_adam.observe(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()).init(jnp.ones(3))

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam import _tree
-from snr_adam._numerics import element_index, mix
+from snr_adam._bits import element_index, mix
 
 
 def _words(x) -> list[jax.Array]:

@@ -12,61 +12,27 @@ gradients, injected numbers) comes along as it is, and whatever would not fit is
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._numerics import complex_like, compute_dtype, mean_onto, random_bits, seeds_at
-from snr_adam.storage import Cast, Packed
+from snr_adam._bits import random_bits, seeds_at
+from snr_adam._moments import Moments, is_adam, of_adam
+from snr_adam._numerics import mean_onto
+from snr_adam.storage import Cast, InWords, Packed
 from snr_adam.transform import ScaleBySnrState, SharedNoise
 
 
-class _Moments(NamedTuple):
-    """The m and v of an Adam, leaf by leaf, as they rest; `outer` is the structure of the parameters."""
-
-    outer: Any
-    packed: bool
-    ms: list
-    vs: list
-
-
-def _is_adam(node) -> bool:
-    return isinstance(node, (ScaleBySnrState, optax.ScaleByAdamState))
-
-
-def _moments(state, where: str) -> _Moments:
-    ms, outer = _tree.flatten(state.mu)
-    if isinstance(state.nu, SharedNoise):
-        return _Moments(outer, False, ms, list(state.nu.v))
-    if isinstance(state.nu, tuple) and state.nu == () and all(m is None or m.dtype == jnp.uint32 for m in ms):
-        return _Moments(outer, True, ms, [None] * len(ms))
-    vs, structure = _tree.flatten(state.nu)
-    if structure != outer:
-        raise ValueError(
-            f"the state at {where} does not keep one m and one v per parameter (its mu is a {type(state.mu).__name__}, "
-            f"its nu a {type(state.nu).__name__}): only the state of an Adam can move, whatever its storage"
-        )
-    return _Moments(outer, False, ms, vs)
-
-
-def _restore_leaf(m, v, packed: bool):
-    """m and v of one leaf as they are computed, in float32 or float64."""
-    if packed:
-        return Packed().decode(m, (), jnp.float32)
-    dtype = compute_dtype(m, v)
-    v = v.real.astype(dtype)  # Optax's v of a complex parameter is complex too, with nothing in its imaginary part
-    return m.astype(complex_like(dtype) if jnp.iscomplexobj(m) else dtype), v
-
-
-def _encode_leaf(m, v, to_m, to_v, dither):
-    """m and v of one leaf in the form of `to_m` and `to_v` (None: packed)."""
-    if to_v is None:
+def _encode_leaf(m, v, like: Moments, dither):
+    """m and v of one leaf in the form of another's."""
+    if like.form == "words":
         return Packed().encode(m, jnp.broadcast_to(v, m.shape), dither)
-    m, v = Cast(*map(_real_dtype, (to_m, to_v))).encode(m, mean_onto(to_v, jnp.broadcast_to(v, m.shape)), dither)
-    return m.astype(to_m.dtype), v.astype(to_v.dtype)
+    to = Cast(_real_dtype(like.mu), _real_dtype(like.nu))
+    m, v = to.encode(m, mean_onto(like.nu, jnp.broadcast_to(v, m.shape)), dither)
+    return m.astype(like.mu.dtype), v.astype(like.nu.dtype)
 
 
 def _real_dtype(x):
@@ -75,24 +41,26 @@ def _real_dtype(x):
 
 def _move_moments(state, like, where: str):
     """The state of an Adam in the form of another, rounded stochastically where that is narrower."""
-    (outer, packed, ms, vs), to = _moments(state, where), _moments(like, where)
-    if outer != to.outer:
+    (outer, kept), (other, to) = of_adam(state, where), of_adam(like, where)
+    if outer != other:
         raise ValueError(
-            f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {to.outer}: "
+            f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {other}: "
             "give two states of one model"
         )
-    seeds, names = seeds_at(state.count, len(ms)), [name for name, _ in _tree.named_leaves(state.mu)]
-    for i, (m, v) in enumerate(zip(ms, vs, strict=True)):
-        if m is None:
+    seeds, names = seeds_at(state.count, len(kept)), [name for name, _ in _tree.named_leaves(state.mu)]
+    new: list[Any] = [(None, None)] * len(kept)
+    for i, (one, goal) in enumerate(zip(kept, to, strict=True)):
+        if one is None or goal is None:
             continue
-        if m.shape != to.ms[i].shape:
+        if one.mu.shape != goal.mu.shape:
             raise ValueError(
-                f"the moments of {names[i]} have shape {m.shape}, those of `like` {to.ms[i].shape}: give two states of "
-                "one model"
+                f"the moments of {names[i]} have shape {one.mu.shape}, those of `like` {goal.mu.shape}: give two "
+                "states of one model"
             )
-        dither = functools.partial(random_bits, seed=seeds[i])
-        ms[i], vs[i] = _encode_leaf(*_restore_leaf(m, v, packed), to.ms[i], to.vs[i], dither)
-    nu: Any = () if to.packed else SharedNoise(tuple(vs)) if isinstance(like.nu, SharedNoise) else outer.unflatten(vs)
+        new[i] = _encode_leaf(*one.read(), goal, functools.partial(random_bits, seed=seeds[i]))
+    ms, vs = ([pair[k] for pair in new] for k in (0, 1))
+    nu: Any = SharedNoise(tuple(vs)) if isinstance(like.nu, SharedNoise) else like.nu
+    nu = nu if isinstance(nu, (InWords, SharedNoise)) else outer.unflatten(vs)
     return type(like)(state.count, outer.unflatten(ms), nu)
 
 
@@ -104,7 +72,7 @@ def _children(node):
 def _move(path, state, like, count):
     """`state` in the form of `like`; `count` is that of the Adam beside it, if there is one."""
     where = _tree.name(path)
-    if _is_adam(state) and _is_adam(like):
+    if is_adam(state) and is_adam(like):
         return _move_moments(state, like, where)
     if not jax.tree.leaves((state, like)):
         return like
@@ -121,7 +89,7 @@ def _move(path, state, like, count):
         )
     if children and children[0][1] is state:
         return state
-    counts = [child.count for _, child in children if _is_adam(child)]
+    counts = [child.count for _, child in children if is_adam(child)]
     counts = counts[0] if len(counts) == 1 else None
     return outer.unflatten(
         [_move((*path, *key), x, y, counts) for (key, x), (_, y) in zip(children, others, strict=True)]
@@ -158,19 +126,23 @@ def _in_full(state, kind):
     def full(node):
         if isinstance(node, optax.ScaleByScheduleState):
             return optax.EmptyState()
-        if not _is_adam(node):
+        if not is_adam(node):
             return node
-        outer, packed, ms, vs = _moments(node, "the tree itself")
+        outer, kept = of_adam(node, "the tree itself")
 
-        def restore(m, v):
-            m, v = _restore_leaf(m, v, packed)
+        def restore(mu, nu, one):
+            m, v = one._replace(mu=mu, nu=nu).read()
             return m, jnp.broadcast_to(v, m.shape)
 
-        pairs = [(m, v) if m is None else jax.eval_shape(restore, m, v) for m, v in zip(ms, vs, strict=True)]
-        return kind(node.count, outer.unflatten([m for m, _ in pairs]), outer.unflatten([v for _, v in pairs]))
+        def shapes(one):
+            full = functools.partial(restore, one=one)
+            return (None, None) if one is None else jax.eval_shape(full, one.mu, one.nu)
+
+        ms, vs = zip(*map(shapes, kept), strict=True) if kept else ((), ())
+        return kind(node.count, outer.unflatten(ms), outer.unflatten(vs))
 
     return jax.tree.map(
-        full, state, is_leaf=lambda x: _is_adam(x) or isinstance(x, (optax.ScaleByScheduleState, optax.EmptyState))
+        full, state, is_leaf=lambda x: is_adam(x) or isinstance(x, (optax.ScaleByScheduleState, optax.EmptyState))
     )
 
 
@@ -178,7 +150,7 @@ def _to(kind, state, like):
     """`state` with its Adams as `kind`, in the form of `like`."""
     like = _in_full(state, kind) if like is None else like
     for what, tree, kinds in (("state", state, (ScaleBySnrState, optax.ScaleByAdamState)), ("like", like, kind)):
-        if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=_is_adam)):
+        if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=is_adam)):
             raise ValueError(
                 f"{what} is {_kind(tree)} and holds no {getattr(kinds, '__name__', 'state of an Adam')}: give what the "
                 "`init` or `update` of such an optimizer returns"

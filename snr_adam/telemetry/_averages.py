@@ -1,28 +1,30 @@
-"""What the observed steps have shown so far: vectors with an entry per layer, and how one more step changes them.
+"""What looks have shown so far: vectors with an entry per layer, and how one more look changes them.
 
-Three kinds of knowledge. *Averages* over steps, with the variances that their errors are made of. The *recursion* that
-a moment follows, x_t = decay x_{t-1} + gain y_t: nobody is asked for decay and gain, they are the least squares of what
-was seen. And from those, step by step, the *weights* that past gradients have in the moment: their sum, which corrects
-its bias, and the sum of their squares, which is the share of noise that passes it. Formulas in `telemetry`.
+Three kinds of numbers. *Means* over looks, with the variances that their errors are made of. What a moment *remembers*:
+the sum of the weights of past gradients in it, the sum of their squares, and on accelerators its own square, all by
+exact recursion from step to step. And the *last* look: numbers of one step, with that step's own weights.
+
+Each kind is one array with a row per name, because a state of few arrays is what a small network's step can afford.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from snr_adam import _tree
+from snr_adam._numerics import Average
 
 WINDOW = 80
-"""Averages over observed steps forget at this rate: long enough for noise scales, short enough to follow a loss that
-falls (`tests/test_examples.py` compares them with the exact value)."""
+"""Means over looks forget at this rate: long enough for noise scales, short enough to follow a loss that falls
+(`tests/test_examples.py` compares them with the exact value)."""
 _LEVEL = 3.8415  # 95 % of the squares of normal numbers are below
 _BEND = 2.42  # see level
 
 
-@_tree.exportable
-class Moving(NamedTuple):
-    """Averages over observed steps, each float32 of shape (L + 1,): one per leaf or slice, the last for all together.
+class Means(NamedTuple):
+    """Means over looks, (L + 1,) each: one entry per leaf or slice, the last for all together.
 
     gradient_sq, persistent: A and L. aa, ax, xx: the variances and the covariance of A_t and L_t in units of the A of
     their time, which the standard error is made of (after West 1979, so that nothing cancels).
@@ -35,84 +37,63 @@ class Moving(NamedTuple):
     xx: Any
 
 
-@_tree.exportable
-class Recursion(NamedTuple):
-    """Averages that give the decay and gain of x_t = decay x_{t-1} + gain y_t by least squares, float32 (L,) each."""
+class Memory(NamedTuple):
+    """What the moments remember after the last step, (L,) each.
 
-    old_old: Any
-    old_in: Any
-    in_in: Any
-    new_old: Any
-    new_in: Any
-    new_new: Any
-
-
-@_tree.exportable
-class Weights(NamedTuple):
-    """The sum of the weights of past gradients in the first moment, of their squares, and of those in the second."""
-
-    first: Any
-    square: Any
-    second: Any
-
-
-@_tree.exportable
-class Detail(NamedTuple):
-    """Sums over the elements of each leaf or slice when it was last examined, float32 (L,) each.
-
-    first, second: |m|^2 and the sum of v. update, param: of the squares of the update and of the parameter.
-    significant: how many of the `counted` elements, those with a gradient and a v, have an |m| that noise alone would
-    exceed in 5 % of cases.
+    weight, square: the sum of the weights of past gradients in the first moment, and of their squares. Kept where
+      decays change in time; constant ones have a closed form.
+    first, second: |m|^2 and the sum of v, each as a number and what that number has lost to rounding.
     """
 
+    weight: Any
+    square: Any
     first: Any
+    first_rest: Any
     second: Any
-    update: Any
-    param: Any
+    second_rest: Any
+
+    def begun(self, late) -> "Memory":
+        """The same, not known where the moments were there before anybody looked."""
+        return Memory(self.weight, self.square, *(jnp.where(late, jnp.nan, x) for x in self[2:]))
+
+
+class Last(NamedTuple):
+    """The last look, (L,) each, nan where there is no number.
+
+    signal_sq, noise_sq: |m^|^2 and the sum of v^. rho: the share of noise that passes m^; floor_sq: the same, where
+    the noise is an average of squares. leak, newest: what m forgets in a step, and the newest gradient's weight in m^.
+    significant: how many of the `counted` elements, those with a gradient and a v, have an |m| that noise alone would
+    exceed in 5 % of cases. update_sq, param_sq: of the squares of the update and of the parameter.
+    """
+
+    signal_sq: Any
+    noise_sq: Any
+    rho: Any
+    floor_sq: Any
+    leak: Any
+    newest: Any
     significant: Any
     counted: Any
+    update_sq: Any
+    param_sq: Any
+
+    def with_details(self, old: "Last") -> "Last":
+        """The same with the last four of another, which take a pass of their own and are made at fewer looks."""
+        return Last(*self[:-4], *old[-4:])
 
 
-def _with_total(x):
-    return jnp.concatenate([x, jnp.sum(x, keepdims=True)])
+def zeros(kind, size: int):
+    """The array of this kind before the first look."""
+    return jnp.full((len(kind._fields), size), math.nan if kind is Last else 0.0, jnp.float32)
 
 
-def solve(r: Recursion, one):
-    """Decay and gain of a recursion: least squares, drawn weakly to gain + one decay = 1 and to decay = .9.
-
-    One element has one equation per step, and a constant gradient the same one again and again: hence the priors. An
-    average has `one` = 1, a sum 0.
-    """
-    prior = jnp.minimum(1e-4, 1e-3 * r.old_old + 1e-9)  # weak also where a clip leaves little of the gradients
-    guess = 1e-4 * prior
-    a, b, n = r.old_old + (prior * one + guess), r.old_in + prior * one, r.in_in + prior
-    e, f = r.new_old + (prior * one + 0.9 * guess), r.new_in + prior
-    scale = 1 / (a * n - b * b)
-    return jnp.clip((e * n - f * b) * scale, 0.0, 1 - 1e-7), jnp.maximum((f * a - e * b) * scale, 0.0)
-
-
-def _learn(r: Recursion, new: Recursion, power, gain) -> Recursion:
-    """The averages with one more step, in units of the gradient's power; a leaf without gradient learns nothing."""
-    seen = power > 0
-    scale = jnp.where(seen, 1 / jnp.where(seen, power, 1.0), 0.0)
-    return jax.tree.map(lambda old, x: jnp.where(seen, old + gain * (x * scale - old), old), r, new)
-
-
-def advance(w: Weights, first, second, start) -> Weights:
-    """The weights after one more gradient. A moment that is there at the very start counts as having all of its."""
-    (d, c), (d2, c2), (is_first, m, v) = first, second, start
-
-    def begin(x, full, there):
-        return jnp.where(is_first & (there > 0), full, x)
-
-    one, sq, two = w
-    one, sq = begin(one, c / (1 - d), m), begin(sq, c * c / (1 - d * d), m)
-    two = begin(two, c2 / (1 - d2), v)
-    return Weights(d * one + c, d * d * sq + c * c, d2 * two + c2)
+def stack(rows) -> jax.Array:
+    """Rows by name as one array."""
+    return jnp.stack([jnp.asarray(row, jnp.float32) for row in rows])
 
 
 def newest_weight(seen, largest=max):
-    """The weight of the newest of so many observations in the averages: 2 / (n + 1), then that of a window.
+    """The weight of the newest of so many looks in the means: 2 / (n + 1), then that of a window.
 
     While the window fills, weights grow in proportion to n, so that the large gradients of the very first steps, a
     hundred times the power of later ones, are soon forgotten; a plain mean would keep them.
@@ -120,50 +101,81 @@ def newest_weight(seen, largest=max):
     return largest(2 / (seen + 1), 1 / WINDOW)
 
 
-def average(state, power, persistent):
-    """Moving averages with one more step, unless it was not finite."""
-    n = state.seen.astype(jnp.float32)
-    gain = newest_weight(n + 1, jnp.maximum)
+def _with_total(x):
+    return jnp.concatenate([x, jnp.sum(x, keepdims=True)])
+
+
+def mean_of(old: jax.Array, square, seen, power, persistent):
+    """The means, the sum of their squared weights and the number of looks after one more look.
+
+    Where nothing persistent is known yet, or ever, A alone is averaged, and L is nan."""
+    gain = newest_weight(seen.astype(jnp.float32) + 1, jnp.maximum)
     a, x = _with_total(power), _with_total(persistent)
-    old = state.moving
-    da, dx = a - old.gradient_sq, x - old.persistent
-    mean = old.gradient_sq + gain * da
+    rows = Means(*old)
+    da, dx = a - rows.gradient_sq, x - rows.persistent
+    mean = rows.gradient_sq + gain * da
     scale = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
     ra, rx = da * scale, dx * scale
-    spreads = zip(old[2:], (ra * ra, ra * rx, rx * rx), strict=True)
-    new = Moving(mean, old.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads))
-    usable = (state.count > 0) & jnp.isfinite(a[-1]) & jnp.isfinite(x[-1])
-    square = (1 - gain) ** 2 * state.square + gain**2
-    new = (new, square, state.seen + 1)
-    return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, (old, state.square, state.seen))
+    spreads = zip(rows[2:], (ra * ra, ra * rx, rx * rx), strict=True)
+    new = stack(Means(mean, rows.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads)))
+    return new, (1 - gain) ** 2 * square + gain**2, seen + 1
 
 
-def examine(state, sums):
-    """Details and recursions from the sums over one step's elements."""
-    gg, mm, mg, m1m, m1g, m1m1, v, v1, p, u, significant, counted = sums
-    usable = jnp.isfinite(jnp.sum(gg) + jnp.sum(m1m1) + jnp.sum(v1))
-    n = state.examined.astype(jnp.float32)
-    fast, slow = jnp.maximum(1 / (n + 1), 0.5), jnp.maximum(1 / (n + 1), 0.1)
-    seen = jnp.where(gg > 0, 1 / jnp.where(gg > 0, gg, 1.0), 0.0)
-    w, w1 = v * seen, v1 * seen
-    new = (
-        _learn(state.first, Recursion(mm, mg, gg, m1m, m1g, m1m1), gg, fast),
-        _learn(state.second, Recursion(w * w, w, gg * seen, w1 * w, w1, w1 * w1), (gg > 0).astype(gg.dtype), slow),
-        Detail(mm, v, u, p, significant, counted),
-        state.examined + 1,
+def advance(sum_and_rest, change):
+    """A running sum after a change, and what rounding took from it, so that errors do not add up over the steps."""
+    total, rest = sum_and_rest
+    change = change + rest
+    new = total + change
+    return new, change - (new - total)
+
+
+def is_constant(average: Average) -> bool:
+    """Whether this moment's decay is a number that is known before the run."""
+    return isinstance(average.gain, float) and isinstance(average.leak, float)
+
+
+def weights_after(average: Average, t):
+    """The sum of the weights of t gradients in a moment of constant decay, and the sum of their squares.
+
+    gain (1 - d^t) / (1 - d), gain^2 (1 - d^2t) / (1 - d^2) with d = 1 - leak.
+    """
+    gain, leak, t = average.gain, average.leak, t.astype(jnp.float32)
+    log = math.log1p(-leak) if leak < 1 else -math.inf
+    both = leak * (2 - leak)
+    return (
+        gain / leak * -jnp.expm1(_product(t, log)),
+        gain * gain / both * -jnp.expm1(_product(t, 2 * log)),
     )
-    old = (state.first, state.second, state.detail, state.examined)
-    return jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old)
 
 
-def level(first, second, weights: Weights):
+def _product(t, log: float):
+    """t log d, and 0 for t = 0 also where nothing is kept."""
+    return t * log if math.isfinite(log) else jnp.where(t > 0, -jnp.inf, 0.0)
+
+
+def level(leak, newest):
     """The square of m^ / (rho v^)^(1/2) that noise exceeds in 5 % of cases: 3.84, less what v^ owes to m^ itself.
 
-    Of v^, a share kappa moves with m^^2, which calls for 3.84 / (1 + 2.84 kappa). The rest of its variance, 2 rho_v -
-    2 kappa^2, widens the tail: by half the curvature of the normal tail over its slope there, 1.21.
+    leak: of the first moment. newest: the weight of the newest gradient in v^. Of v^, a share kappa moves with m^^2,
+    which calls for 3.84 / (1 + 2.84 kappa). The rest of its variance, 2 rho_v - 2 kappa^2, widens the tail: by half the
+    curvature of the normal tail over its slope there, 1.21.
     """
-    (d, _), (_, gain) = first, second
-    newest = jnp.clip(gain / jnp.where(weights.second > 0, weights.second, 1.0), 0.0, 1.0)
+    d = 1.0 - leak
+    newest = jnp.clip(newest, 0.0, 1.0)
     kappa = newest * (1 - d * d) / (1 - (1 - newest) * d * d)
     rest = newest / (2 - newest) - kappa * kappa
     return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
+
+
+def errors(means: Means, square, rho, decay, newest, q):
+    """The variances of L and of the SNR, on the host; the formula is derived in `observe`."""
+    a, x, aa, ax, xx = means
+    share = x / a
+    both = np.clip(share, 0, 1)
+    per_share = xx / (both + rho)
+    v = per_share * both
+    pull, ahead = 2 * q / (1 - q), newest / np.maximum(decay, np.finfo(float).tiny)
+    model = ((1 - 2 * share) ** 2 + rho) * v + (rho + 2 * both**2) * per_share * (1 - both)
+    z = np.maximum(xx - 2 * share * ax + share**2 * aa, model)
+    var_x = square * (xx + pull * (rho + ahead) * v) * a**2
+    return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4

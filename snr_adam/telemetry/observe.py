@@ -2,13 +2,20 @@
 
 A gradient is g_t = G + x_t: the true gradient and noise of covariance Sigma, independent from step to step. The
 optimizer's first moment is a weighted sum of past gradients, m_{t-1} = sum_s a_s g_s, so m^ = m / sum a_s is an average
-of them. Two numbers per leaf and observed step tell the signal from the noise:
+of them. Two sums per leaf and step, with g as the moment sees it (clipped, scaled), carry everything that is linear:
 
     A_t = |g_t|^2              E A = |G|^2 + tr(Sigma)       the power of one gradient
     L_t = <m^_{t-1}, g_t>      E L = |G|^2                   its persistent part: the noises of m and g are independent
     SNR = L / (A - L)          averages over steps first, then the ratio; it may come out negative where there is none
 
-No second moment enters, so it holds for any optimizer with momentum and does not lag behind by 1 / (1 - b2) steps.
+*This step's numbers.* Signal |m^|, noise sqrt(sum v^), their ratio and its floor are those of the step looked at, with
+that step's own weights. On accelerators A and L are taken at every step, in the update's own kernel, and the rest
+follows from m_t = (1-k) m_{t-1} + c g_t (c the gain, k the leak of the moment, one number for an average):
+
+    |m_t|^2 = (1-k)^2 |m_{t-1}|^2 + 2 (1-k) c <m_{t-1}, g_t> + c^2 A_t        sum v_t = (1-k) sum v_{t-1} + c A_t
+
+On CPU nothing fuses with a sum. There a look is a second pass, over g and the new moments, after the step, under a
+`lax.cond` that only every Nth step takes; <m_{t-1}, g> is (<m_t, g> - c A) / (1-k).
 
 *Floor.* Noise passes m^ too: E |m^|^2 = |G|^2 + rho tr(Sigma) with rho = sum a_s^2 / (sum a_s)^2, for an EMA
 (1-b)(1+b^t) / ((1+b)(1-b^t)). Pure noise shows a pseudo-SNR |m^| / |v^|^(1/2) of sqrt(rho): 0.23 for b1 = .9.
@@ -18,29 +25,24 @@ method:
 
     Var SNR = sum w^2 (Var z + 2 q / (1-q) (rho + (1 - 2l) a_1 / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
 
-w are the weights of the steps, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise it
+w are the weights of the looks, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise it
 is 0: L_t is a martingale difference. Where there is signal, x_s enters L_s through <G, x_s> and again, through m, all
 later ones: V = G' Sigma G / A^2 is that part of Var L, taking it that the signal lies in the directions where the noise
 lies; a_1 is the weight of the newest gradient in m^ (1-b for an EMA), q = a b^k with a the decay of the average and k
-the steps between two observations. Left out, the error of L would be half of what it is. Where the SNR is above 1 the
-second term is negative and the difference of the two uncertain; it is kept above its value for Gaussian noise,
+the steps between two looks. Left out, the error of L would be half of what it is. Where the SNR is above 1 the second
+term is negative and the difference of the two uncertain; it is kept above its value for Gaussian noise,
 
     ((1 - 2l)^2 + rho) V + (rho + 2 l^2) V (1-l) / l       in place of Var z where that is less.
 
 The error of L itself is the same with l = 0 in the brackets and Var(L/A) for Var z. Less signal than about 2 errors
-cannot be told from none: the limit of detection, which `noise_scale` turns into ">= limit".
+cannot be told from none: the limit, which `noise_scale` turns into ">= limit".
 
-*Decays* are not asked for but measured: least squares of m_t on m_{t-1} and g_t gives decay and gain of every leaf,
-whatever comes before the moment (a clipped gradient has a smaller gain) and however it is stored. The sums of the
-weights a_s and of their squares follow by recursion.
+*Decays* are known: this package's steps say theirs, those of other optimizers are found before the run (`_outside.py`).
+A moment that is no linear average of the gradients has no L, no signal and no floor: they are nan.
 
-*Cost* (memory traffic). All is read from the state before the step, under a `lax.cond`. The gradient given to the
-optimizer waits for it, through a zero that no compiler can know: without that XLA copies the moments and the parameters
-before it overwrites them. A and L are one pass over g and m, leaf by leaf, of which a sixteenth is kept until it is
-summed. The rest is one more pass, which asks the optimizer for the step it is about to take, made at the first 16
-observations and then ever more rarely, down to one in 64. Optax's own averages, b m + (1-b) g, have two products, and
-which of them XLA fuses with the addition changes with the program around them: such an optimizer does not wait. Its
-bits stay the same and the copies are made.
+*Details*, the share of significant elements and the norms of update and parameters, are no linear sums. On CPU they
+take one more pass, at the first 16 looks and then ever more rarely, down to one in 64. On accelerators, where they
+would cost a branch and 8 bytes per parameter, they are not made.
 """
 
 import re
@@ -52,44 +54,56 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from snr_adam import _tree
-from snr_adam._moments import find, kinds_in, rounds_in_one_way
-from snr_adam._numerics import abs_sq, hidden, widen
+from snr_adam import _compiler, _tree
+from snr_adam._look import Look
+from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
-from snr_adam.telemetry import _sums as sums
-from snr_adam.telemetry._averages import Detail, Moving, Recursion, Weights
+from snr_adam.telemetry._averages import Last, Means, Memory
+from snr_adam.telemetry._outside import Clipped, Outside, averages_of
+from snr_adam.telemetry._seen import Leaf, Shown
+from snr_adam.transform import ScaleBySnrState
 
+_EARLY = 4  # steps that are looked at whatever `every` says
 _RAREST = 64
-_EARLY = 4  # steps that are observed whatever `every` says: they show the decays before averages need them
+_WINDOWS = {
+    "MultiStepsState": "optax.MultiSteps(snr_adam.observe(tx), k)",
+    "AccumulateState": "snr_adam.accumulate(snr_adam.observe(tx), n)",
+    "ApplyEvery": "optax.chain(optax.apply_every(k), snr_adam.observe(tx))",
+}
 
 
 @_tree.exportable
 class ObserveState(NamedTuple):
-    """The state of `observe`: the wrapped optimizer's, unchanged, and float32 vectors with an entry per leaf.
+    """The state of `observe`: the wrapped optimizer's, unchanged, and float32 arrays with a column per leaf.
 
-    inner: the wrapped state. count, seen, examined: int32 numbers of steps, of steps averaged, of examinations.
-    square: the sum of the squared weights of the averages. axis: int32 (L,), the axis a leaf was sliced along, or -1.
+    inner: the wrapped state. count: int32, steps taken. seen: int32, looks in the means. looked, detailed: int32, the
+    steps of the last look and of the last details. square: the sum of the squared weights of the means.
+    axis: int32 (L,), the axis a leaf was sliced along, or -1.
+    means, memory, last: rows named by `Means` (L + 1), `Memory` and `Last` (L).
     """
 
     inner: Any
     count: Any
     seen: Any
-    examined: Any
+    looked: Any
+    detailed: Any
     square: Any
     axis: Any
-    moving: Moving
-    first: Recursion
-    second: Recursion
-    weights: Weights
-    detail: Detail
+    means: Any
+    memory: Any
+    last: Any
 
 
-class _Leaf(NamedTuple):
-    """Where an observed leaf is in the tree, the axis it is sliced along (None: not), and its part of the vectors."""
+class _Sums(NamedTuple):
+    """What a step adds to an `ObserveState`, beside the count."""
 
-    number: int
-    axis: int | None
-    part: slice
+    seen: Any
+    looked: Any
+    detailed: Any
+    square: Any
+    means: Any
+    memory: Any
+    last: Any
 
 
 def _layer_axis(rule, path: str, shape) -> int | None:
@@ -101,96 +115,33 @@ def _layer_axis(rule, path: str, shape) -> int | None:
     return rule % len(shape)
 
 
-def _observed(tree, found, rule) -> list[_Leaf]:
+def _observed(tree, found, rule) -> list[Leaf]:
     """The leaves that have a first moment."""
     leaves, start = [], 0
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
-            leaves.append(_Leaf(i, axis, slice(start, stop)))
+            leaves.append(Leaf(i, path, axis, slice(start, stop)))
             start = stop
     return leaves
 
 
-def _elements(g, old, new, p, u, least, leaf: _Leaf):
-    """The sums over the elements of one leaf that `examine` takes."""
-
-    def along(x):
-        shape = [1] * g.ndim
-        if leaf.axis is not None:
-            shape[leaf.axis] = -1
-        return x.reshape(shape)
-
-    (m, v), (m1, v1) = old, new
-    hits = counted = jnp.zeros((), jnp.float32)
-    if v is not None:
-        counted = (abs_sq(g) > 0) & (v > 0)
-        hits = counted & (abs_sq(m) > along(least) * v)
-    v, v1 = (jnp.zeros((), jnp.float32) if x is None else x for x in (v, v1))
-    p = jnp.nan if p is None else abs_sq(widen(_tree.as_array(p)))
-    u = abs_sq(widen(_tree.as_array(u)))
-    each = [
-        abs_sq(g),
-        abs_sq(m),
-        sums.inner(m, g),
-        sums.inner(m1, m),
-        sums.inner(m1, g),
-        abs_sq(m1),
-        v,
-        v1,
-        p,
-        u,
-        hits,
-        counted,
-    ]
-    return sums.together([jnp.asarray(x) for x in each], leaf.axis)
-
-
-def _ones(observed, found):
-    """Whether decay and gain of each entry's first moment add up to 1: 1 for averages, 0 for sums."""
-    sizes = [leaf.part.stop - leaf.part.start for leaf in observed]
-    kinds = [0.0 if found[leaf.number].is_sum else 1.0 for leaf in observed]
-    return np.repeat(np.asarray(kinds, np.float32), sizes)
-
-
 def _blank(inner, observed, leaves) -> ObserveState:
     """The state before the first step."""
-    abstract = any(map(_tree.is_abstract, leaves))
-    axes = [-1 if leaf.axis is None else leaf.axis for leaf in observed for _ in range(leaf.part.start, leaf.part.stop)]
-
-    def zeros(kind, size):
-        return kind(*(jnp.zeros(size, jnp.float32) for _ in kind._fields))
-
-    n, counts = len(axes), [jnp.zeros((), jnp.int32) for _ in range(3)]
-    vectors = Moving, Recursion, Recursion, Weights, Detail
-    sizes = n + 1, n, n, n, n
-    axis = jnp.asarray(axes, jnp.int32)
-    own: Any = (*counts, jnp.zeros((), jnp.float32), axis, *map(zeros, vectors, sizes))
-    if abstract:
+    axes = [-1 if leaf.axis is None else leaf.axis for leaf in observed for _ in range(leaf.size)]
+    n = len(axes)
+    own: Any = (
+        *(jnp.zeros((), jnp.int32) for _ in range(4)),
+        jnp.zeros((), jnp.float32),
+        jnp.asarray(axes, jnp.int32),
+        averages.zeros(Means, n + 1),
+        averages.zeros(Memory, n),
+        averages.zeros(Last, n),
+    )
+    if any(map(_tree.is_abstract, leaves)):
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
     return ObserveState(inner, *own)
-
-
-def _before_the_step(due, measure, old, t):
-    """measure() if it is due, else old; and a zero that depends on it, for `_wait`."""
-    return jax.lax.cond(
-        due,
-        lambda: (measure(), jnp.where(t > 0, 0, 1).astype(jnp.uint32)),
-        lambda: (old, jnp.uint32(0)),
-    )
-
-
-def _wait(g, zero):
-    """g, once `zero` is known: no bit of it changes. An integer operation, because a floating-point one would let the
-    compiler fuse what comes after it in another way."""
-    g = _tree.as_array(g)
-    if jnp.iscomplexobj(g):
-        return jax.lax.complex(_wait(g.real, zero), _wait(g.imag, zero))
-    if not jnp.issubdtype(g.dtype, jnp.floating):
-        return g
-    word = jnp.dtype(f"uint{8 * g.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(g, word) | zero.astype(word), g.dtype)
 
 
 def observe(
@@ -203,9 +154,10 @@ def observe(
 
     Args:
       tx: any optimizer with a first moment: one of this package, `optax.adamw`, `optax.lion`, `optax.sgd` with
-        momentum, a chain, ... It may also be a part of a larger one: inside `optax.MultiSteps` it sees the mean
-        gradients, which is right; behind a clip the clipped ones, before it the raw ones.
-      every: observe one step in so many. 10 looks a tenth as often; the averages then reach ten times as far back.
+        momentum, a chain, ... What is measured is what the moment sees: behind a `guard` that clips, the clipped
+        gradients, whether it is around `observe` or inside of it.
+      every: look at one step in so many, and at the first four. On CPU, where a look is a pass of its own, 10 looks a
+        tenth as often; the averages then reach ten times as far back. On accelerators 1 costs nothing.
       layer_axis: the axis along which leaves stack layers (as scanned layers do), to report each layer by itself: an
         int for all leaves, a dict from patterns (regular expressions, searched in "layers/kernel") to ints, or None.
 
@@ -213,14 +165,16 @@ def observe(
       A transformation whose state is an `ObserveState`; arguments pass through.
 
     Raises:
-      ValueError: if `every` is less than 1, or if `tx` keeps no first moment or is `optax.MultiSteps`.
+      ValueError: if `every` is less than 1, if `tx` keeps no first moment, or if the moments in it see other gradients
+        than those it is given (`optax.MultiSteps`, `accumulate`, a clip before another package's optimizer).
 
     >>> tx = observe(optax.adamw(1e-3))
     >>> w = jnp.ones(4)
     >>> state = tx.init(w)
     >>> for step in range(4):
     ...     updates, state = jax.jit(tx.update)(jnp.ones(4), state, w)  # one gradient for ever: no noise at all
-    >>> print(state.moving.gradient_sq, state.moving.persistent.round(4))
+    >>> means = Means(*state.means)
+    >>> print(means.gradient_sq, means.persistent.round(4))
     [4. 4.] [4. 4.]
 
     Reference: Balles & Hennig 2018 (arXiv 1705.07774) for rho; McCandlish et al. 2018 (arXiv 1812.06162) for A.
@@ -228,71 +182,130 @@ def observe(
     if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
         raise ValueError(f"observe: every={every!r} must be a whole number of steps, 1 or more")
     tx = optax.with_extra_args_support(tx)
+    known: dict = {}
+
+    def from_outside(leaves, outer):
+        """What the moments of an optimizer that did not say are of the gradients; found once."""
+        key = outer, tuple(x is None or (jnp.ndim(x), jnp.iscomplexobj(x)) for x in leaves)
+        if key not in known:
+            try:
+                known[key] = averages_of(tx, leaves, outer)
+            except Clipped:
+                raise ValueError(
+                    "observe: something between it and the moments changes the gradients, such as a clip, so that what "
+                    "it sees is not what they average: put observe behind it, optax.chain(clip, observe(tx)), or clip "
+                    "with guard(observe(tx), clip_norm=...)"
+                ) from None
+        return known[key]
 
     def init(params):
         inner = tx.init(params)
-        if "MultiStepsState" in kinds_in(inner):
-            raise ValueError(
-                "observe: most gradients that MultiSteps is given do not reach the moment; observe what is inside of "
-                "MultiSteps instead: optax.MultiSteps(snr_adam.observe(tx), k)"
-            )
+        for kind, instead in _WINDOWS.items():
+            if kind in kinds_in(inner):
+                raise ValueError(
+                    f"observe: most gradients that it would be given do not reach the moment, because of the {kind} "
+                    f"inside; observe what sees whole batches instead: {instead}"
+                )
         leaves, outer = _tree.flatten(params)
-        observed = _observed(params, find(inner, outer, leaves), layer_axis)
+        found = find(inner, outer, leaves)
+        observed = _observed(params, found, layer_axis)
         if not observed and any(x is not None for x in leaves):
             raise ValueError(
                 f"observe: {kinds_in(inner)} keep no first moment of the gradients, so nothing tells signal from "
                 "noise: wrap an optimizer with momentum, such as snr_adam.adamw or optax.sgd(0.1, momentum=0.9)"
             )
+        if not all(x is None or isinstance(x.owner, ScaleBySnrState) for x in found):
+            from_outside(leaves, outer)
         return _blank(inner, observed, leaves)
 
-    def update(updates, state, params=None, **extra_args):
-        leaves, outer = _tree.flatten(updates)
-        places = find(state.inner, outer, leaves)
-        observed = _observed(updates, places, layer_axis)
-        ones = _ones(observed, places)
+    def shown(leaves, outer, updates, state, inner, out, look, params) -> Shown:
+        """What there is to ask of each observed leaf."""
+        before, after = find(state.inner, outer, leaves), find(inner, outer, leaves)
+        observed = _observed(updates, after, layer_axis)
+        here = {id(x) for x in jax.tree.leaves(inner)}
+        us = outer.flatten_up_to(out)
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
-        def look():
-            before: list[Any] = find(state.inner, outer, leaves)
-            parts = []
-            for leaf in observed:
-                g, (m, _) = widen(_tree.as_array(leaves[leaf.number])), before[leaf.number].read()
-                parts.append(sums.in_vectors([abs_sq(g), sums.inner(m, g)], leaf.axis, parts[-1] if parts else None))
-            power, product = sums.join(parts, 2)
-            total = state.weights.first
-            return averages.average(state, power, product / jnp.where(total > 0, total, 1.0))
+        def seen(leaf: Leaf):
+            found = look.seen.get(leaf.path)
+            # what was noted in a branch or a loop cannot be used outside of it, and is not in the state that came out
+            if found and all(id(x) in here for x in jax.tree.leaves(found.new)):
+                return found
+            i = leaf.number
+            old, new, kinds = before[i], after[i], from_outside(leaves, outer)[i]
+            t = getattr(new.owner, "count", None)
+            t = state.count + 1 if getattr(t, "shape", None) != () else t
+            return Outside(leaves[i], old, new, kinds, us[i], t)
 
-        def examine():
-            us, inner = tx.update(updates, state.inner, params, **extra_args)
-            us = outer.flatten_up_to(us)
-            before: list[Any] = find(state.inner, outer, leaves)
-            after: list[Any] = find(inner, outer, leaves)
-            learnt = averages.solve(state.first, ones), averages.solve(state.second, 1.0)
-            least = averages.level(*learnt, state.weights) * state.weights.square / state.weights.second
-            leasts = hidden(state.count, lambda: [least[leaf.part] for leaf in observed])
-            rows = []
-            for leaf, each in zip(observed, leasts, strict=True):
-                i = leaf.number
-                moments = before[i].read(), after[i].read()
-                rows.append(_elements(widen(_tree.as_array(leaves[i])), *moments, ps[i], us[i], each, leaf))
-            return averages.examine(state, sums.join(rows, 12))
+        return Shown(observed, [seen(leaf) for leaf in observed], [ps[leaf.number] for leaf in observed])
 
+    def update(updates, state, params=None, *, look: Look | None = None, **extra_args):
+        own = Look()
+        out, inner = tx.update(updates, state.inner, params, look=own, **extra_args)
+        if look is not None:
+            look.seen.update(own.seen)
+        leaves, outer = _tree.flatten(updates)
+        step = shown(leaves, outer, updates, state, inner, out, own, params)
         t = optax.safe_increment(state.count)
-        due = (state.count % every == 0) | (state.count < _EARLY)
-        stride = jnp.clip(2 ** (28 - jax.lax.clz(jnp.maximum(state.seen, 8))), 1, _RAREST)
-        rare = state.seen & (stride - 1) == 0
-        old = (state.moving, state.square, state.seen), (state.first, state.second, state.detail, state.examined)
-        # one `cond` in the other: where arrays are small, their number is what an unobserved step pays for
-        new, zero = _before_the_step(due, lambda: (look(), jax.lax.cond(rare, examine, lambda: old[1])), old, t)
-        (moving, square, seen), (first, second, detail, examined) = new
-        start = state.count == 0, detail.first, detail.second
-        weights = averages.advance(state.weights, averages.solve(first, ones), averages.solve(second, 1.0), start)
-        new = ObserveState(None, t, seen, examined, square, state.axis, moving, first, second, weights, detail)
+        old = _Sums(state.seen, state.looked, state.detailed, state.square, state.means, state.memory, state.last)
+        due = (t % every == 0) | (t <= _EARLY)
 
-        gs = leaves
-        if rounds_in_one_way(state.inner):
-            gs = [g if g is None else _wait(g, zero) for g in leaves]
-        out, inner = tx.update(outer.unflatten(gs), state.inner, params, **extra_args)
-        return out, new._replace(inner=inner)
+        def keep(new, old, where):
+            return jax.tree.map(lambda x, y: jnp.where(where, x, y), new, old)
+
+        def after(power, product, first, second, memory, detail) -> _Sums:
+            """The sums after this step, if it is looked at and was finite."""
+            ok = jnp.isfinite(jnp.sum(power))
+            last, persistent = step.numbers(power, product, first, second, Memory(*old.memory), memory)
+            means, square, seen = averages.mean_of(old.means, old.square, old.seen, power, persistent)
+            means, square, seen = keep((means, square, seen), (old.means, old.square, old.seen), ok & (state.count > 0))
+            last, detailed = detail(last, seen, memory)
+            last = keep(averages.stack(last), old.last, ok)
+            return _Sums(seen, jnp.where(ok, t, old.looked), detailed, square, means, old.memory, last)
+
+        def afterwards():
+            """On CPU: a second pass, over the gradient and the new moments."""
+
+            def detail(last, seen, memory):
+                stride = jnp.clip(2 ** (28 - jax.lax.clz(jnp.maximum(seen, 8))), 1, _RAREST)
+                kept = last.with_details(Last(*old.last))
+                rare = seen & (stride - 1) == 0
+                made = jax.lax.cond(rare, lambda: step.details(last, memory), lambda: kept)
+                return made, jnp.where(rare, t, old.detailed)
+
+            def look():
+                memory = step.remember(Memory(*old.memory))
+                return after(*step.after_the_step(), memory, detail)
+
+            new, zero = jax.lax.cond(
+                due & step.ok, lambda: (look(), _compiler.not_yet(t)), lambda: (old, jnp.uint32(0))
+            )
+            return new if step.is_constant else new._replace(memory=remembered()), zero
+
+        def remembered():
+            """The weights of this step, where decays change in time."""
+            new = averages.stack(step.remember(Memory(*old.memory)))
+            return keep(new, old.memory, step.ok)
+
+        def _no_details(last, seen, memory):
+            return last, old.detailed
+
+        def inside():
+            """On accelerators: sums in the update's own kernel, at every step."""
+            power, product, direct = step.in_the_step()
+            begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
+            memory = step.advance(step.remember(begun), power, product)
+            second = jnp.where(step.of_kind("direct"), direct, memory.second)
+            new = after(power, product, memory.first, second, memory, _no_details)
+            new = keep(new, old, due & step.ok)
+            return new._replace(memory=keep(averages.stack(memory), old.memory, step.ok)), jnp.uint32(0)
+
+        if not step.observed:
+            return out, state._replace(inner=inner, count=t)
+        new, zero = jax.lax.platform_dependent(cpu=afterwards, default=inside)
+        count = jnp.where(step.ok, t, state.count)
+        if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
+            out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
+        return out, ObserveState(inner, count, *new[:4], state.axis, *new[4:])
 
     return optax.GradientTransformationExtraArgs(init, update)

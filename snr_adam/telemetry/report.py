@@ -33,7 +33,7 @@ import numpy as np
 from snr_adam import _moments as moments
 from snr_adam import _tree
 from snr_adam.telemetry import text
-from snr_adam.telemetry._averages import newest_weight, solve
+from snr_adam.telemetry._averages import Last, Means, errors, newest_weight
 from snr_adam.telemetry.noise_scale import from_scalars
 from snr_adam.telemetry.observe import ObserveState
 
@@ -159,72 +159,45 @@ def _plain(x) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def _errors(moving, square, rho, decay, newest, q):
-    """The variances of L and of the SNR; the formula is that of `telemetry`."""
-    a, x, aa, ax, xx = moving
-    share = x / a
-    both = np.clip(share, 0, 1)
-    per_share = xx / (both + rho)
-    v = per_share * both
-    pull, ahead = 2 * q / (1 - q), newest / np.maximum(decay, _TINY)
-    model = ((1 - 2 * share) ** 2 + rho) * v + (rho + 2 * both**2) * per_share * (1 - both)
-    z = np.maximum(xx - 2 * share * ax + share**2 * aa, model)
-    var_x = square * (xx + pull * (rho + ahead) * v) * a**2
-    return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4
-
-
 def _host(x):
     """An array, or a box of a library around it, as float64."""
     return np.asarray(jax.device_get(jax.tree.leaves(x)[0]), float)
 
 
-def _names(state: ObserveState) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Name and size of every entry, and whether its moment is an average."""
+def _names(state: ObserveState) -> tuple[list[str], np.ndarray]:
+    """Name and size of every entry."""
     axes = _host(state.axis).astype(int)
-    names, sizes, kinds, at = [], [], [], 0
-    for name, shape, is_sum in moments.named_shapes(state.inner):
+    names, sizes, at = [], [], 0
+    for name, shape in moments.named_shapes(state.inner):
         axis = axes[at] if at < len(axes) else -1
         parts = 1 if axis < 0 else shape[axis]
         names += [name] if axis < 0 else [f"{name}[{i}]" for i in range(parts)]
         sizes += [math.prod(shape) / parts] * parts
-        kinds += [0.0 if is_sum else 1.0] * parts
         at += parts
     if at != len(axes):
         raise ValueError(f"the state was observed with {len(axes)} entries but its optimizer's moments have {at}")
-    return names, np.array(sizes, float), np.array(kinds, float)
+    return names, np.array(sizes, float)
 
 
 def _read(state: ObserveState):
     """Names, sums per entry, and the total's own sums."""
-    names, sizes, kinds = _names(state)
-    moving = [_host(x) for x in state.moving]
-    first, weights = type(state.first)(*map(_host, state.first)), [_host(x) for x in state.weights]
-    detail = type(state.detail)(*map(_host, state.detail))
+    names, sizes = _names(state)
+    means, last = Means(*_host(state.means)), Last(*_host(state.last))
     seen, count, square = (float(_host(x)) for x in (state.seen, state.count, state.square))
+    means = means if seen else Means(*np.full((len(Means._fields), len(names) + 1), np.nan))
     with np.errstate(divide="ignore", invalid="ignore"):
-        rho = np.where(weights[0] > 0, weights[1] / weights[0] ** 2, 1.0)
-        decay, gain = (np.asarray(x, float) for x in solve(first, kinds))
-        left = first.new_new - 2 * (decay * first.new_old + gain * first.new_in)
-        left += decay**2 * first.old_old + 2 * decay * gain * first.old_in + gain**2 * first.in_in
-        strange = left > 0.1 * first.new_new  # the moment is no average of these gradients
-        by_noise = np.maximum(moving[0][:-1] - moving[1][:-1], _TINY)
+        by_noise = np.maximum(means.gradient_sq[:-1] - means.persistent[:-1], _TINY)
         forgets = 1 - newest_weight(max(seen, 1))
-        rhos, decays, newest = [
+        rhos, decays, newest = (
             np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
-            for x in (rho, decay, np.where(weights[0] > 0, gain / weights[0], 0.0))
-        ]
-        var_x, var_snr = _errors(moving, square, rhos, decays, newest, forgets * decays ** (count / max(seen, 1)))
-        power = moving[0] if seen else np.full(len(names) + 1, np.nan)
-        noise = np.where(detail.counted > 0, detail.second / weights[2], power[:-1])
-        signal = np.where(weights[0] > 0, detail.first / weights[0] ** 2, np.nan)
-    some = np.where(detail.counted > 0, 1, np.nan)
+            for x in (last.rho, 1 - last.leak, last.newest)
+        )
+        var_x, var_snr = errors(means, square, rhos, decays, newest, forgets * decays ** (count / max(seen, 1)))
     raw = _Raw(
-        sizes, signal, noise, rho, detail.significant * some, detail.counted * some, detail.update, detail.param,
-        power[:-1], np.where(strange, np.nan, moving[1][:-1]), var_x[:-1], var_snr[:-1],
+        sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
+        last.param_sq, means.gradient_sq[:-1], means.persistent[:-1], var_x[:-1], var_snr[:-1],
     )  # fmt: skip
-    own = (
-        {} if np.any(strange) else {"persistent": moving[1][-1:], "persistent_var": var_x[-1:], "snr_var": var_snr[-1:]}
-    )
+    own = {"persistent": means.persistent[-1:], "persistent_var": var_x[-1:], "snr_var": var_snr[-1:]}
     return names, raw, own
 
 

@@ -1,0 +1,88 @@
+"""What a step shows to whoever watches it: `observe` passes a `Look` as an extra argument, and finds it filled.
+
+A `Look` holds no arrays of its own. Each leaf of a step that got it is noted under its path, as the few arrays that the
+step began and ended with, and ways to make the rest again: inside the step's own kernels or, on CPU, afterwards.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+from snr_adam.noise import center
+from snr_adam.step import Numbers, Stored
+
+
+class Seen(NamedTuple):
+    """One step of one array, for whoever passed a `look`: arrays are made when they are asked for.
+
+    rule: what the step was; gradient(): the gradient as the moments saw it; old, new: the moments at rest before and
+    after; numbers: of this step; dtype: the real one of the arithmetic; ok: whether the step was taken; t: its number;
+    alpha, decay: learning rate and weight decay, None and 0.0 of a step that only divides.
+    """
+
+    rule: Any
+    gradient: Any
+    old: Stored
+    new: Stored
+    numbers: Numbers
+    dtype: Any
+    ok: Any
+    t: Any
+    alpha: Any
+    decay: Any
+
+    @property
+    def first(self):
+        """The `Average` that the signal's first moment is of the gradients; None if it is none, or is not known."""
+        known = None if self.rule.divides_first else getattr(self.rule.signal, "average", None)
+        return known and known(self.numbers.signal)
+
+    @property
+    def second(self):
+        """The `Average` that the square of the noise is of |g|^2, likewise."""
+        known = getattr(self.rule.noise, "average", None)
+        return known and known(self.numbers.noise)
+
+    @property
+    def noise(self) -> str:
+        """ "average" if the noise is the root of an average of |g|^2, else "direct" if it divides, or "none"."""
+        if self.second:
+            return "average"
+        keeps = jax.tree.leaves(jax.eval_shape(self.rule.noise.init, self.gradient()))
+        return "direct" if keeps and not self.rule.divides_first else "none"
+
+    def before(self):
+        """The signal's first moment before the step."""
+        return center(self.rule.storage.decode(*self.old, self.dtype)[0])
+
+    def after(self):
+        """The signal's first moment after the step, and the square of the noise (up to its `Average`'s correction)."""
+        mu, nu = self.rule.storage.decode(*self.new, self.dtype)
+        if self.second:
+            return center(mu), self.rule.noise.second(nu, center(mu))
+        noise = self.rule.noise.estimate(nu, self.gradient(), self.numbers.noise, center(mu))
+        return center(mu), None if self.noise == "none" else noise * noise
+
+    def update(self, p):
+        """The update, made again from the moments after the step; of a step that only divides, the ratio."""
+        ratio = self.rule.ratio(self.gradient(), self.old, self.new, self.numbers, self.dtype)
+        return ratio.value if self.alpha is None else self.rule.descent.update(ratio, p, self.alpha, self.decay)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(eq=False)
+class Look:
+    """What the steps inside have noted, by the path of the leaf; empty if it was copied on the way, as by `jit`."""
+
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+    def note(self, path: str, seen: Seen) -> None:
+        self.seen[path] = seen
+
+    def tree_flatten(self):
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls()

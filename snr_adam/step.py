@@ -1,0 +1,169 @@
+"""The heart: one step of one array, w := w - alpha signal / noise.
+
+    x       the gradient, cut off where its square would overflow, and scaled by the gate       Gate.scaled
+    m, v    decoded from the form they rest in, updated with x, encoded again                   Rule.step
+    ratio   signal / noise, from the moments as they will rest: the division                    Ratio
+    u       the update that the descent makes of the ratio                                      descent.py
+
+A step reads nothing twice: signal and noise are estimated from what has just been stored. Arithmetic is float32
+(float64 for 64-bit gradients or moments) whatever the parameters' dtype and the storage.
+
+What a wrapper decides before a step reaches it as an extra argument, which Optax's wrappers and combinators forward:
+`gate=` (whether to take the step, and what to multiply the gradients with) and `look=` (who wants to see the arrays of
+this step). A step notes in them what it has done, and whoever passed them asks afterwards. Where they did not arrive,
+because a wrapper does not forward them, or were copied on the way, by `jit`, a branch or a loop, nothing is noted, and
+the work is done from outside.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from snr_adam import storage as storages
+from snr_adam._numerics import Scalar, divide, saturate, times
+from snr_adam.noise import center
+
+
+class Stored(NamedTuple):
+    """The moments of one array, as they rest."""
+
+    mu: Any
+    nu: Any
+
+
+class Numbers(NamedTuple):
+    """The numbers of one step in one dtype, shared by all arrays: of signal and noise, and `_compiler.unseen_zero`."""
+
+    signal: Any
+    noise: Any
+    zero: Any
+
+
+class Ratio(NamedTuple):
+    """scale * signal / noise, before it is divided. A noise of 1.0 is no noise.
+
+    Scalars join the noise before the division, so that an element costs one product, and the update ends in a division
+    or an addition: its bits are then the same whether or not the compiler fuses it with `params + update`. Where it
+    would end in a product, `zero` is added.
+    """
+
+    signal: Any
+    scale: Scalar
+    noise: Any
+    zero: Any
+
+    @property
+    def value(self):
+        """scale * signal / noise, as `scale_by_snr` returns it."""
+        return divide(times(self.signal, self.scale), self.noise)
+
+    def times(self, by: Scalar):
+        """`by` times the ratio. Of 0, a zero: a noise divided by it is infinite."""
+        if isinstance(self.noise, float):
+            return times(self.signal, by * self.scale) + self.zero
+        k = by * self.scale
+        inverse = 1.0 / k if isinstance(k, jax.Array) or k else math.copysign(math.inf, k)
+        return divide(self.signal, inverse * self.noise)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(eq=False)
+class Gate:
+    """What was decided, from all gradients together, before a step (`guard.py`).
+
+    ok: bool scalar; where it is false the moments and the count stay what they are, and the updates mean nothing.
+    scale: scalar that multiplies the gradients, or None.
+
+    As a pytree it is these two. The rest is known in one trace only:
+
+    raw: pairs of a scaled gradient that was passed on and the raw one, by the id of the former. A step that is given
+      the former takes the latter and scales it in its own precision; what lies between may change the scaled one.
+    held: the states whose step has taken the gate in; all others are held from outside.
+    """
+
+    ok: Any
+    scale: Any = None
+    raw: dict = field(default_factory=dict)
+    held: list = field(default_factory=list)
+
+    def tree_flatten(self):
+        return (self.ok, self.scale), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def scaled(self, g):
+        """The gradient cut off, then scaled; done the other way round, so that no sum gets a product."""
+        if self.scale is None:
+            return saturate(g)
+        scale = self.scale.astype(g.real.dtype)
+        return saturate(times(g, scale), scale)
+
+    def given(self, g, widen):
+        """The gradient that a step works with, `widen`ed: a scaled one is made from the raw one that it came from."""
+        scaled, raw = self.raw.get(id(g), (None, None))
+        return self.scaled(widen(raw)) if scaled is g and g is not None else saturate(widen(g))
+
+    def choose(self, new, old):
+        """`new` where the step is taken, else `old`, for trees of one structure; what holds itself as it is."""
+
+        def is_held(node) -> bool:
+            return any(node is state for state in self.held)
+
+        def choice(x, y):
+            return x if is_held(x) or x is y else jnp.where(self.ok, x, y)
+
+        return jax.tree.map(choice, new, old, is_leaf=is_held)
+
+
+OPEN = Gate(True)
+"""The gate of a step that nobody guards: every step is taken as it is."""
+
+
+class Rule:
+    """The step of one array, for a fixed choice of signal, noise, storage and descent."""
+
+    def __init__(self, signal, noise, storage, descent):
+        self.signal, self.noise, self.descent = signal, noise, descent
+        self.storage = storages.resolve(storage)
+        self.divides_first = getattr(noise, "divides_first", False)
+
+    def init(self, p, shared: tuple[int, ...] = ()) -> Stored:
+        """The moments before the first step; `shared` are the axes along which the noise has one entry for all."""
+
+        def dither(shape, stream):
+            return jnp.zeros(shape, jnp.uint32)
+
+        nu = self.noise.init(p)
+        if shared:
+            nu = jnp.mean(nu, shared, keepdims=True)
+        return Stored(*self.storage.encode(self.signal.init(p), nu, dither))
+
+    def averaged(self, x, old, k: Numbers):
+        """What the signal averages: the gradient, or its quotient by the noise before it."""
+        return divide(x, self.noise.estimate(old, x, k.noise, None)) if self.divides_first else x
+
+    def moments(self, x, stored: Stored, k: Numbers, dtype, dither, gate: Gate) -> Stored:
+        """The moments after gradient x, for their rest."""
+        old = Stored(*self.storage.decode(*stored, dtype))
+        mu = self.signal.update(old.mu, self.averaged(x, old.nu, k), k.signal)
+        nu = self.noise.update(old.nu, x, k.noise, center(mu))
+        if gate is not OPEN:  # encoding what was decoded gives the bits that were there, see storage.py
+            mu, nu = gate.choose((mu, nu), tuple(old))
+        return Stored(*self.storage.encode(mu, nu, dither))
+
+    def ratio(self, x, old: Stored, new: Stored, k: Numbers, dtype) -> Ratio:
+        """Signal over noise of a step to the moments `new`, from what is stored: the step reads nothing twice."""
+        mu, nu = self.storage.decode(*new, dtype)
+        if self.divides_first:
+            g, noise = self.averaged(x, self.storage.decode(*old, dtype)[1], k), 1.0
+        else:
+            g, noise = x, self.noise.estimate(nu, x, k.noise, center(mu))
+        return Ratio(*self.signal.estimate(mu, g, k.signal), noise, k.zero)
+
+    def at(self, t, dtype, zero) -> Numbers:
+        return Numbers(self.signal.at(t, dtype), self.noise.at(t, dtype), zero)

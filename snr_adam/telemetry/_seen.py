@@ -1,0 +1,176 @@
+"""One step of all observed leaves, as vectors with a column per leaf: the sums, and the numbers that they make.
+
+A new quantity is a row of `_averages.Last`, made here, and a column of `report`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from snr_adam import _tree
+from snr_adam._look import Seen
+from snr_adam._numerics import Average, abs_sq, widen
+from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _sums as sums
+from snr_adam.telemetry._averages import Last, Memory
+
+
+class Leaf(NamedTuple):
+    """An observed leaf: its number, its path, the axis it is sliced along (None: not), and its part of the vectors."""
+
+    number: int
+    path: str
+    axis: int | None
+    part: slice
+
+    @property
+    def size(self) -> int:
+        return self.part.stop - self.part.start
+
+
+class Shown:
+    """What one step has shown: its leaves, and what can be asked of each (`_look.Seen`, or `_outside.Outside`)."""
+
+    def __init__(self, observed: list[Leaf], seen: list, params: list):
+        self.observed, self.seen, self.params = observed, seen, params
+        self.firsts: list[Average | None] = [each.first for each in seen]
+        self.seconds: list[Average | None] = [each.second for each in seen]
+        self.is_own = all(isinstance(each, Seen) for each in seen)
+        self.is_constant = all(x is None or averages.is_constant(x) for x in self.firsts)
+
+    @property
+    def ok(self):
+        """Whether the step was taken."""
+        return jnp.all(jnp.stack([jnp.asarray(x) for x in {id(each.ok): each.ok for each in self.seen}.values()]))
+
+    @property
+    def t(self):
+        """The number of the step by each leaf's own count."""
+        return self.row([each.t for each in self.seen])
+
+    def of_kind(self, kind: str):
+        """Where the noise is an "average" of |g|^2, "direct", "none" or "unknown"."""
+        return self.row([float(each.noise == kind) for each in self.seen]) > 0
+
+    def row(self, values: list):
+        """One number per leaf as a vector."""
+        size = sum(leaf.size for leaf in self.observed)
+        if all(x is values[0] or (isinstance(x, float) and x == values[0]) for x in values):
+            return jnp.broadcast_to(jnp.asarray(values[0], jnp.float32), (size,))
+        each = zip(values, self.observed, strict=True)
+        return jnp.concatenate([jnp.broadcast_to(jnp.asarray(x, jnp.float32), (leaf.size,)) for x, leaf in each])
+
+    def field(self, which: list[Average | None], name: str):
+        return self.row([float("nan") if x is None else getattr(x, name) for x in which])
+
+    def weights(self, memory: Memory, before: int = 0):
+        """The sum of the weights in the first moment, and of their squares, after the step or so many steps `before`.
+
+        memory: as it is then; only where decays change in time the weights are read from it."""
+        pairs = []
+        for each, average, leaf in zip(self.seen, self.firsts, self.observed, strict=True):
+            if average is None:
+                pairs.append((float("nan"), float("nan")))
+            elif averages.is_constant(average):
+                pairs.append(averages.weights_after(average, each.t - before))
+            else:
+                pairs.append((memory.weight[leaf.part], memory.square[leaf.part]))
+        return tuple(self.row(list(column)) for column in zip(*pairs, strict=True))
+
+    def remember(self, memory: Memory) -> Memory:
+        """The weights after this step, where decays change in time."""
+        if self.is_constant:
+            return memory
+        gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
+        weight = memory.weight + (gain - leak * memory.weight)
+        return memory._replace(weight=weight, square=memory.square + (gain * gain - leak * (2 - leak) * memory.square))
+
+    def advance(self, memory: Memory, power, product) -> Memory:
+        """|m|^2 and the sum of v after this step, from A and <m_{t-1}, g>."""
+        gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
+        change = gain * gain * power + 2 * (1 - leak) * gain * product - leak * (2 - leak) * memory.first
+        first = averages.advance((memory.first, memory.first_rest), change)
+        gain, leak = self.field(self.seconds, "gain"), self.field(self.seconds, "leak")
+        second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
+        return Memory(memory.weight, memory.square, *first, *second)
+
+    def sums(self, of, leaves=None) -> Any:
+        """of(what can be asked of a leaf) as rows (k, L): sums over each leaf or slice."""
+        each = zip(self.seen, self.observed, strict=True)
+        return jnp.concatenate([sums.together(of(seen), leaf.axis) for seen, leaf in each], axis=1)
+
+    def in_the_step(self):
+        """A and <m_{t-1}, g> from what the step began with, and the square of the noise where it is no average."""
+
+        def of(seen):
+            g = seen.gradient()
+            direct = seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32)
+            return [abs_sq(g), sums.inner(seen.before(), g), direct]
+
+        if any(seen.noise == "direct" for seen in self.seen):
+            return self.sums(of)
+        return (*self.sums(lambda seen: of(seen)[:2]), jnp.zeros((), jnp.float32))
+
+    def after_the_step(self):
+        """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with."""
+
+        def of(seen):
+            g, (m, v) = seen.gradient(), seen.after()
+            v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
+            return [abs_sq(g), sums.inner(m, g), abs_sq(m), v]
+
+        power, new, first, second = self.sums(of)
+        gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
+        product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
+        return power, product, first, second
+
+    def numbers(self, power, product, first, second, before: Memory, after: Memory):
+        """The row of this look, without details, and L. `first` is |m|^2, `second` the sum of the noise's square."""
+        gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
+        (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
+        own = self.field(self.firsts, "debias")
+        debias = jnp.where(own > 0, own, 1 / weight)
+        rho = debias * debias * square
+        noise = jnp.where(self.of_kind("none"), power, self.row(self._factors()) * second)
+        floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
+        unknown = jnp.full_like(power, jnp.nan)
+        last = Last(debias * debias * first, noise, rho, floor, leak, gain * debias, *(unknown,) * 4)
+        return last, product / jnp.where(old > 0, old, 1.0)
+
+    def _factors(self) -> list:
+        """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
+
+        def factor(seen, average: Average | None):
+            if average is None:
+                return 1.0 if seen.noise == "direct" else float("nan")
+            unknown = isinstance(average.debias, float) and average.debias == 0
+            return 1 / averages.weights_after(average, seen.t)[0] if unknown else average.debias
+
+        return [factor(seen, average) for seen, average in zip(self.seen, self.seconds, strict=True)]
+
+    def details(self, last: Last, memory: Memory) -> Last:
+        """The same row with the numbers that are no linear sums, after one more pass over everything."""
+        factor = self.row(self._factors())
+        newest = self.field(self.seconds, "gain") * factor
+        # |m^|^2 > level rho v^ without the corrections that both sides have
+        least = averages.level(last.leak, newest) * self.weights(memory)[1] * factor
+
+        def of(seen, leaf, p):
+            g, (m, v) = seen.gradient(), seen.after()
+            hits = counted = jnp.zeros((), jnp.float32)
+            if v is not None and seen.second:
+                shape = [1] * g.ndim
+                if leaf.axis is not None:
+                    shape[leaf.axis] = -1
+                v = jnp.broadcast_to(v, g.shape)
+                counted = (abs_sq(g) > 0) & (v > 0)
+                hits = counted & (abs_sq(m) > least[leaf.part].reshape(shape) * v)
+            p = None if p is None else widen(_tree.as_array(p))
+            u = abs_sq(seen.update(p))
+            return [jnp.asarray(x) for x in (abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p))]
+
+        each = zip(self.seen, self.observed, self.params, strict=True)
+        rows = jnp.concatenate([sums.together(of(*one), one[1].axis) for one in each], axis=1)
+        _, significant, counted, update, param = rows
+        known = jnp.where(counted > 0, 1.0, jnp.nan)
+        return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
