@@ -151,6 +151,16 @@ def test_zero1_splits_the_longest_axis_that_divides(shape, spec, want):
     assert state_sharding(optax.trace(0.9), p, mesh, "zero1").trace.spec == want
 
 
+@pytest.mark.parametrize("smallest", [None, 8 * 2**10, 8])
+def test_zero1_splits_an_array_of_exactly_the_smallest_size(smallest):
+    """`smallest` is the size from which an array is split: one with an element less per device lies whole."""
+    mesh, policy = _mesh(data=8), Zero1() if smallest is None else Zero1(smallest=smallest)
+    assert policy.smallest == (smallest or 2**14)
+    for size, want in ((policy.smallest, "data"), (policy.smallest - 8, None)):
+        p = jax.ShapeDtypeStruct((size, 1), jnp.float32)
+        assert state_sharding(optax.trace(0.9), p, mesh, policy).trace.spec == P(want, None)
+
+
 def test_zero1_over_axes_by_name():
     mesh = _mesh(replica=2, shard=4)
     p = jax.ShapeDtypeStruct((128, 64), jnp.float32)
