@@ -261,7 +261,7 @@ def test_metrics_count_in_examples_where_a_batch_size_is_given():
 
 
 def test_metrics_leave_out_what_is_no_number():
-    """A noise scale beyond its limit leaves its limit; a layer without a number leaves the percentiles to the others."""
+    """A noise scale beyond its limit leaves its limit; a layer without a number leaves percentiles to the others."""
     unseen = {"significant": [0.2, np.nan, 0.4], "persistent": [-1.0, 9.0, -1.0], "gradient_norm": [3.0, 3.0, 3.0]}
     with reported(unseen | {"param_rms": [0.0] * 3, "persistent_error": [9.0] * 3}) as seen:
         got = loggers.metrics(None)
