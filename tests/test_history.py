@@ -62,7 +62,7 @@ def test_the_same_bits_come_back(file, tmp_path):
         for t, x in enumerate(awkward)
     )
     for i, each in enumerate((history, odd, History(), History([one(names=(), noise=[])]))):
-        path = tmp_path / "new" / f"{i}-{file}"
+        path = tmp_path / "new" / "folder" / f"{i}-{file}"
         each.save(path)
         assert_same(History.load(path), each)
         assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
