@@ -291,7 +291,10 @@ def test_the_table_and_its_forms():
     assert [row["name"] for row in got.rows] == list(NAMES)
     assert json.loads(json.dumps(got.to_dict()))["names"] == list(NAMES)
     batches = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))))
-    np.testing.assert_allclose(got.columns["noise_scale"], 32 * batches.columns["noise_scale"])
+    for key in ("noise_scale", "noise_scale_error", "noise_scale_limit"):
+        np.testing.assert_allclose(got.columns[key], 32 * batches.columns[key])
+        np.testing.assert_allclose(got.total[key], 32 * batches.total[key])
+    assert np.isfinite(got.total["noise_scale_limit"])
 
 
 def test_metrics_are_plain_finite_floats_under_clean_names():
