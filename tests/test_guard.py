@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
 from snr_adam import guard, health
+from snr_adam.guard import Health
 from snr_adam.parts import RMS, Cast, Nesterov, Shared
 
 schedule = optax.linear_schedule(0.1, 0.01, 20)
@@ -157,6 +158,24 @@ def test_after_the_limit_it_holds_until_released():
     p, state = step(p, optax.tree.set(state, holding=jnp.asarray(False)), fine)
     same_bits((p, state.inner), (lambda x, s: (x, s.inner))(*step(*start, fine)))
     assert int(state.consecutive) == 0
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ((0, 0, False, None, 12.3456), "no step skipped; gradient norm 12.3"),
+        ((1, 0, False, "w", 2.0), "1 step skipped; last non-finite gradient: w"),
+        ((2, 1, False, "a/b", 2.0), "2 steps skipped (1 in a row until now); last non-finite gradient: a/b"),
+        (
+            (70, 3, True, "w", 2.0),
+            "70 steps skipped (3 in a row until now); last non-finite gradient: w; HOLDING: no step is taken until the "
+            "state's `holding` is set to False",
+        ),
+    ],
+)
+def test_health_in_words(seen, said):
+    """Each number under its own name."""
+    assert str(Health(*seen)) == said
 
 
 @pytest.mark.parametrize("name", ["packed", "adamw", "lion"])

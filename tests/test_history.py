@@ -1,6 +1,8 @@
 """A history gives back what was appended, also from a file, and refuses reports that do not belong to it."""
 
 import json
+import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,7 +62,7 @@ def test_the_same_bits_come_back(file, tmp_path):
         for t, x in enumerate(awkward)
     )
     for i, each in enumerate((history, odd, History(), History([one(names=(), noise=[])]))):
-        path = tmp_path / "new" / f"{i}-{file}"
+        path = tmp_path / "new" / "folder" / f"{i}-{file}"
         each.save(path)
         assert_same(History.load(path), each)
         assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
@@ -119,6 +121,28 @@ def test_a_report_of_another_model_is_refused(report, message):
     assert_same(history, History([one()]))
 
 
+@pytest.mark.parametrize("noise", [1.0, [1.0], [1.0, 2.0, 3.0], [[1.0], [2.0]], np.ones((2, 3)), np.ones((1, 2))])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_quantity_is_one_number_for_each_layer(noise, before):
+    """Also in the first report, which says for all what a row looks like."""
+    history = History(one(step) for step in range(before))
+    shape = re.escape(str(np.shape(noise)))
+    with pytest.raises(ValueError, match=rf"{shape} of 'noise' for 2 layers"):
+        history.append(one(7, noise=noise))
+    assert_same(history, History(one(step) for step in range(before)))
+
+
+@pytest.mark.parametrize("total", [[1.0], [1.0, 2.0], np.ones((1, 1)), []])
+def test_a_total_is_one_number(total):
+    report = one()
+    report.total["noise"] = total
+    with pytest.raises(ValueError, match=rf"{re.escape(str(np.shape(total)))} of 'noise' in total: give one number"):
+        History([report])
+    for number in (2.0, np.float32(2.0), np.array(2.0)):
+        report.total["noise"] = number
+        assert History([report]).total["noise"].shape == (1,)
+
+
 def test_an_unknown_quantity_is_told():
     with pytest.raises(KeyError, match="no quantity 'nose'; there are noise"):
         History([one()]).columns["nose"]
@@ -136,6 +160,33 @@ def test_other_files_are_refused(tmp_path):
             History.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         History.load(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_two_that_save_under_one_name_do_not_share_what_is_unfinished(file, tmp_path):
+    """While one is about to finish, another begins and finishes: both are whole, the last to finish is read.
+
+    The other may be a thread, a process or, on a disk that hosts share, one of the same process id.
+    """
+    short, long, path, unfinished = History([one()]), History(fake_reports(9, 4)), tmp_path / file, []
+
+    def meanwhile(source, target):
+        unfinished.append(source)
+        if len(unfinished) == 1:
+            long.save(path)
+            assert_same(History.load(path), long)
+            assert [p.name for p in tmp_path.iterdir() if p not in unfinished] == [file]
+        assert source.exists()
+        rename(source, target)
+
+    rename = os.replace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", meanwhile)
+        short.save(path)
+    assert_same(History.load(path), short)
+    assert len(set(unfinished)) == 2
+    assert all(each.parent == tmp_path for each in unfinished)  # on one disk, so that it appears at once
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -6,43 +6,60 @@ assertion and not by a crash. So the suite cannot lose the test that stands betw
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import test_accuracy
 import test_bits
 import test_checkpoint
+import test_history
 import test_laws
 import test_leaves
 import test_migration
+import test_plots
 import test_precision
 import test_random_bits
+import test_sharding
 import test_storage
+import test_tables
+import test_telemetry_report
 import test_twins
+from fake_reports import fake_reports
 
 import snr_adam
-from snr_adam import _bits, _numerics, _tree, noise, precision, signal, storage, transform
+from snr_adam import _bits, _numerics, _tree, descent, noise, precision, signal, storage, transform
+from snr_adam import step as heart
+from snr_adam.state import sharding
+from snr_adam.telemetry import history, plots, text, trackers
 
 checkpoint, migration = (sys.modules[f"snr_adam.state.{name}"] for name in ("digest", "migration"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Caught:
-    """A test of the suite and the arguments with which the suite calls it; `wide` if it asks for the fixture x64."""
+    """A test of the suite and the arguments with which the suite calls it; `wide` if it asks for the fixture x64.
+
+    fixtures: the names of others that it asks for, after those arguments.
+    """
 
     test: Callable
     args: tuple = ()
     wide: bool = False
+    fixtures: tuple[str, ...] = ()
 
-    def __call__(self):
+    def __call__(self, request):
+        given = [request.getfixturevalue(name) for name in self.fixtures]
         with jax.enable_x64(self.wide):
-            self.test(*self.args, *([None] if self.wide else []))
+            self.test(*self.args, *([None] if self.wide else []), *given)
 
 
 def definition(options=None):
@@ -95,34 +112,27 @@ def step(change):
     """The end of a step: change(the right update, signal, noise, p, alpha, decay)."""
 
     def wrong(right):
-        def mutant(self, signal, noise, p, alpha, decay, zero):
-            return change(_right_step(right, self, zero=zero), signal, noise, p, alpha, decay)
+        def mutant(self, ratio, p, alpha, decay):
+            def end(x, n, p, a, d):
+                return right(self, ratio._replace(signal=x[0], scale=x[1], noise=n), p, a, d)
+
+            return change(end, (ratio.signal, ratio.scale), ratio.noise, p, alpha, decay)
 
         return mutant
 
-    return replaced(named("Descent"), "step", wrong)
+    return replaced(descent.Decoupled, "update", wrong)
 
 
-def _right_step(right, self, zero):
-    """The right step with what no mutant changes."""
-    return lambda signal, noise, p, alpha, decay: right(self, signal, noise, p, alpha, decay, zero)
+def not_stored(right):
+    return lambda self, x, stored, *rest: stored
 
 
-def rule(change):
-    """One array's estimate: change(self, right, g, stored, step, dtype, dither)."""
-    return replaced(
-        named("_Rule"), "estimate", lambda right: lambda self, *args: change(self, lambda *a: right(self, *a), *args)
-    )
+def stale_noise(right):
+    def ratio(self, x, old, new, k, dtype):
+        _, nu = self.storage.decode(*old, dtype)
+        return right(self, x, old, new, k, dtype)._replace(noise=self.noise.estimate(nu, x, k.noise, None))
 
-
-def _not_stored(self, right, g, stored, *rest):
-    return (*right(g, stored, *rest)[:2], stored)
-
-
-def _stale_noise(self, right, g, stored, numbers, dtype, *rest):
-    x, _, new = right(g, stored, numbers, dtype, *rest)
-    _, old = self.storage.decode(*stored, dtype)
-    return x, self.noise.estimate(old, g, numbers.noise, None), new
+    return ratio
 
 
 def _power(b, t, dtype):
@@ -135,6 +145,50 @@ def _biased(self, mu, nu, dither):
     bits = dither(mu.shape, 0)
     m = (_bits.word_of(mu) + jnp.minimum((bits >> 16) + 0x1000, 0xFFFF)) & storage._HIGH
     return m | (_bits.word_of(nu) + (bits & 0x7FFF)) >> 15, ()
+
+
+def numpy_of(module, name, wrong) -> tuple:
+    """The module's own `np.name` becomes wrong(the right one); numpy itself, and so the test's, stays right."""
+    return replaced(module, "np", lambda right: SimpleNamespace(**vars(right) | {name: wrong(vars(right)[name])}))
+
+
+def printed(change):
+    """A number as text: change(the right text, key, row)."""
+    return replaced(text, "_text", lambda right: lambda key, row: change(right, key, row))
+
+
+def grouped(key, formula):
+    """That quantity of a group of all layers is formula(their columns)."""
+
+    def wrong(right):
+        def group(self, patterns):
+            got = right(self, patterns)
+            number = np.full(len(got.names), formula(self.columns))
+            return dataclasses.replace(got, columns=got.columns | {key: number})
+
+        return group
+
+    return replaced(snr_adam.telemetry.Report, "group", wrong)
+
+
+def weighed(batch_size=None):
+    """A group of all layers is what its definitions say."""
+    return Caught(test_telemetry_report.test_a_group_weighs_its_layers, ("all", batch_size))
+
+
+def _reads_all(right):
+    """Percentiles that are the extremes."""
+    return lambda x, at: right(x, np.where(np.asarray(at) < 50, 0, 100))
+
+
+def _first_total(right):
+    """A history that keeps the first number of a total of several."""
+
+    def append(self, report):
+        total = {key: np.ravel(x)[0] for key, x in report.total.items()}
+        right(self, SimpleNamespace(step=report.step, names=report.names, columns=report.columns, total=total))
+
+    return append
 
 
 # name -> the wrong parts, and the test that catches them
@@ -152,7 +206,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "a maximum with eps for the sum": ([root(lambda v, k: jnp.maximum(jnp.sqrt(v * k.v.debias), k.eps))], OTHER),
     # bias corrections and counts
     "signal not corrected": (
-        [replaced(signal.EMA, "estimate", lambda right: lambda self, old, m, g, k: (m, 1.0))],
+        [replaced(signal.EMA, "estimate", lambda right: lambda self, m, g, k: (m, 1.0))],
         definition(),
     ),
     "noise not corrected": ([root(lambda v, k: jnp.sqrt(v) + k.eps)], definition()),
@@ -177,14 +231,14 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         Caught(test_twins.test_schedules_are_those_of_inject_hyperparams, ("adam",), True),
     ),
     # moments
-    "moments not stored": ([rule(_not_stored)], definition()),
+    "moments not stored": ([replaced(heart.Rule, "moments", not_stored)], definition()),
     "swapped betas": ([preset("adam", lambda adam: lambda lr, b1=0.9, b2=0.999: adam(lr, b2, b1))], definition()),
     "stale noise": (
-        [rule(_stale_noise)],
+        [replaced(heart.Rule, "ratio", stale_noise)],
         Caught(test_twins.test_updates_are_optaxs_with_every_option, ("adam", {"eps_root": 1e-2}), True),
     ),
     "stale signal": (
-        [replaced(signal.EMA, "estimate", lambda right: lambda self, old, m, g, k: (old, k.debias))],
+        [replaced(signal.EMA, "estimate", lambda right: lambda self, m, g, k: ((m - k.gain * g) / (1 - k.gain), k.debias))],
         definition(),
     ),
     "noise of the signal": (
@@ -236,7 +290,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "decay forgotten": ([step(lambda right, x, n, p, a, d: right(x, n, p, a, 0.0))], twin("adamw")),
     # the family
     "nadam without its look ahead": (
-        [replaced(signal.Nesterov, "estimate", lambda right: lambda self, old, m, g, k: (m, k.scale))],
+        [replaced(signal.Nesterov, "estimate", lambda right: lambda self, m, g, k: (m, k.scale))],
         twin("nadam"),
     ),
     "amsgrad's maximum before the correction": (
@@ -366,6 +420,145 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         ],
         Caught(test_migration.test_rounding_on_the_way_is_unbiased, ("packed",)),
     ),
+    # what is printed
+    "half of an SNR's error": (
+        [printed(lambda right, key, row: right(key, row | {"snr_error": row["snr_error"] / 2}))],
+        Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    "half of an SNR's error over time alone": (
+        [printed(lambda right, key, x: right(key, x if "name" in x else x | {"snr_error": x["snr_error"] / 2}))],
+        Caught(test_tables.test_over_time_a_number_is_printed_as_in_the_table_of_its_step),
+    ),
+    "a share without its tenths": (
+        [
+            printed(
+                lambda right, key, row: f"{row[key]:.0%}" if key == "significant" and row[key] > 0 else right(key, row)
+            )
+        ],
+        Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    "two digits for three": (
+        [printed(lambda right, key, row: f"{row[key]:.2g}" if key == "noise" else right(key, row))],
+        Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    "half of a noise scale's error": (
+        [replaced(text, "NoiseScale", lambda right: lambda x, error, *rest: right(x, error / 2, *rest))],
+        Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    # what is logged
+    "the 95th percentile as p90": (
+        [numpy_of(trackers, "percentile", lambda right: lambda x, at: right(x, [95 if p == 90 else p for p in at]))],
+        Caught(test_telemetry_report.test_a_metric_is_what_its_name_says),
+    ),
+    "the mean as p50": (
+        [
+            numpy_of(
+                trackers,
+                "percentile",
+                lambda right: lambda x, at: [np.mean(x) if p == 50 else right(x, p) for p in at],
+            )
+        ],
+        Caught(test_telemetry_report.test_a_metric_is_what_its_name_says),
+    ),
+    "a total left out": (
+        [replaced(trackers, "_GLOBAL", lambda right: tuple(key for key in right if key != "update_rms"))],
+        Caught(test_telemetry_report.test_a_metric_is_what_its_name_says),
+    ),
+    "metrics that ignore the batch size": (
+        [replaced(trackers, "metrics", lambda right: lambda *args, batch_size=None, **rest: right(*args, **rest))],
+        Caught(test_telemetry_report.test_metrics_count_in_examples_where_a_batch_size_is_given),
+    ),
+    # what groups are
+    "floors averaged without weights": (
+        [grouped("floor", lambda x: np.sqrt(np.mean(x["floor"] ** 2)))],
+        weighed(),
+    ),
+    "an SNR's errors averaged without weights": (
+        [grouped("snr_error", lambda x: np.sqrt(np.mean(x["snr_error"] ** 2)))],
+        weighed(),
+    ),
+    "a noise scale's errors averaged": (
+        [grouped("noise_scale_error", lambda x: np.mean(x["noise_scale_error"]))],
+        weighed(),
+    ),
+    "shares averaged by size": (
+        [grouped("significant", lambda x: np.average(x["significant"], weights=x["size"]))],
+        weighed(),
+    ),
+    "updates averaged by leaf": (
+        [grouped("update_rms", lambda x: np.sqrt(np.mean(x["update_rms"] ** 2)))],
+        weighed(),
+    ),
+    "groups that ignore the batch size": (
+        [
+            replaced(
+                snr_adam.telemetry.Report,
+                "group",
+                lambda right: lambda self, *args: right(dataclasses.replace(self, batch_size=None), *args),
+            )
+        ],
+        weighed(32),
+    ),
+    # what is drawn
+    "colours from the extremes": (
+        [numpy_of(plots, "percentile", _reads_all)],
+        Caught(test_plots.test_colours_are_logarithmic_over_more_than_a_factor_of_ten, (1.0, 10.1)),
+    ),
+    "colours of an SNR to the extreme": (
+        [numpy_of(plots, "percentile", _reads_all)],
+        Caught(test_plots.test_colours_of_an_snr_begin_at_its_floor),
+    ),
+    "linear colours": (
+        [replaced(plots, "LogNorm", lambda right: plots.Normalize)],
+        Caught(test_plots.test_colours_are_logarithmic_over_more_than_a_factor_of_ten, (1.0, 10.1)),
+    ),
+    "linear colours of an SNR": (
+        [replaced(plots, "LogNorm", lambda right: plots.Normalize)],
+        Caught(test_plots.test_colours_of_an_snr_begin_at_its_floor),
+    ),
+    "logarithmic colours": (
+        [replaced(plots, "Normalize", lambda right: plots.LogNorm)],
+        Caught(test_plots.test_colours_are_linear_over_less_and_where_numbers_are_not_positive, (1.0, 10.0)),
+    ),
+    "a band below a tenth of its value": (
+        [numpy_of(plots, "maximum", lambda right: lambda x, least: x)],
+        Caught(test_plots.test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it),
+    ),
+    "400 names on one axis": (
+        [replaced(plots, "_NAMED_LAYERS", lambda right: 400)],
+        Caught(test_plots.test_no_axis_has_more_names_than_can_be_read, ("heat_map", 400)),
+    ),
+    "an overview that ignores the batch size": (
+        [replaced(plots, "noise_scale", lambda right: lambda reports, batch_size=None, **rest: right(reports, **rest))],
+        Caught(test_plots.test_overview_hands_on_what_it_is_given, (snr_adam.History(fake_reports(3, 2)),)),
+    ),
+    # what is kept, and where
+    "an unfinished file that two share": (
+        [replaced(history, "token_hex", lambda right: lambda size: f"{os.getpid()}")],
+        Caught(
+            test_history.test_two_that_save_under_one_name_do_not_share_what_is_unfinished,
+            ("run.npz",),
+            fixtures=("tmp_path",),
+        ),
+    ),
+    "a matrix for a row": (
+        [numpy_of(history, "shape", lambda right: lambda x: right(x)[:1])],
+        Caught(test_history.test_a_quantity_is_one_number_for_each_layer, (np.ones((2, 3)), 0)),
+    ),
+    "a total of several numbers": (
+        [replaced(snr_adam.History, "append", _first_total)],
+        Caught(test_history.test_a_total_is_one_number, ([1.0, 2.0],)),
+    ),
+    "Zero-1 that leaves its smallest whole": (
+        [
+            replaced(
+                sharding.Zero1,
+                "spec",
+                lambda right: lambda self, *args: right(dataclasses.replace(self, smallest=self.smallest + 1), *args),
+            )
+        ],
+        Caught(test_sharding.test_zero1_splits_an_array_of_exactly_the_smallest_size, (None,)),
+    ),
 }
 
 
@@ -391,17 +584,18 @@ def mutated(parts, test):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_caught(name):
+def test_a_mutant_is_caught(name, request):
+    """By an assertion, also one that an error is raised."""
     parts, caught = MUTANTS[name]
-    with mutated(parts, caught.test), pytest.raises(AssertionError):
-        caught()
+    with mutated(parts, caught.test), pytest.raises((AssertionError, pytest.fail.Exception)):
+        caught(request)
     print(f"{name}: caught by {caught.test.__module__}.py::{caught.test.__name__}{caught.args}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_what_catches_passes_without_the_mutant(name):
-    MUTANTS[name][1]()
+def test_what_catches_passes_without_the_mutant(name, request):
+    MUTANTS[name][1](request)
 
 
 def test_there_are_enough():

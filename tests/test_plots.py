@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,28 @@ def lines(axes):
 
 def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def over_time(**numbers) -> History:
+    """Reports at steps 1, 2, ... of nothing but these numbers, (T,) or (T, L); in total, those of the first layer."""
+    rows = {key: np.reshape(np.asarray(x, float), (len(x), -1)) for key, x in numbers.items()}
+    times, layers = next(iter(rows.values())).shape
+    names = tuple(f"{i}" for i in range(layers))
+    return History(
+        SimpleNamespace(
+            step=t + 1,
+            names=names,
+            columns={key: x[t] for key, x in rows.items()},
+            total={key: x[t, 0] for key, x in rows.items()},
+        )
+        for t in range(times)
+    )
+
+
+def ends(band, step):
+    """Where a band is at a step, from and to."""
+    corners = np.concatenate([path.vertices for path in band.get_paths()])
+    return sorted(set(corners[corners[:, 0] == step, 1]))
 
 
 def test_signal_and_noise_are_those_of_the_reports(history):
@@ -125,6 +148,164 @@ def test_the_noise_scale_has_a_band_a_limit_and_the_batch_size(history):
     in_batches = plots.noise_scale(history)
     assert in_batches.get_ylabel() == "noise scale (batches)"
     np.testing.assert_array_equal(lines(in_batches)["the batch that was used"][1], [1, 1])
+
+
+def colours(low, high, key="noise", least=-1e9):
+    """How numbers become colours on a heat map of which the 1st and the 99th percentile are these."""
+    values = np.array([least, low, *np.linspace(low, high, 97), high, 1e9])
+    (image,) = plots.heat_map(over_time(**{key: values, "floor": np.ones(101)}), key).images
+    return image.norm
+
+
+def assert_logarithmic(norm, low, high):
+    assert (norm.vmin, norm.vmax) == pytest.approx((low, high))
+    assert float(norm((low * high) ** 0.5)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 10.1), (1e-6, 1e3)])
+def test_colours_are_logarithmic_over_more_than_a_factor_of_ten(low, high):
+    """From the 1st to the 99th percentile: few wild numbers do not make all others look the same."""
+    assert_logarithmic(colours(low, high), low, high)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 10.0), (3.0, 4.0), (0.0, 100.0), (-1.0, 100.0)])
+def test_colours_are_linear_over_less_and_where_numbers_are_not_positive(low, high):
+    norm = colours(low, high)
+    assert (norm.vmin, norm.vmax) == pytest.approx((low, high))
+    assert float(norm((low + high) / 2)) == pytest.approx(0.5)
+
+
+def test_colours_of_an_snr_begin_at_its_floor():
+    """Logarithmic, up to the 99th percentile, but to half above the floor at least: pure noise is not made to shine."""
+    for high in (1.2, 1.6, 3.0, 40.0):
+        assert_logarithmic(colours(0.8, high, "pseudo_snr", 0.0), 1.0, max(high, 1.5))
+        axes = plots.heat_map(over_time(pseudo_snr=np.full((3, 2), high), floor=np.ones((3, 2))))
+        bar = axes.figure.axes[-1]
+        named = {1.0: "floor"} | {x: f"{x:g}" for x in (1.25, 1.5, 2, 3, 4, 6, 10) if x <= max(high, 1.5)}
+        assert dict(zip(bar.get_yticks(), [t.get_text() for t in bar.get_yticklabels()], strict=True)) == named
+        assert bar.get_ylim() == pytest.approx((1.0, max(high, 1.5)))
+
+
+def test_the_colours_say_what_they_are_of():
+    """Each quantity has its name and unit beside its colours, no two the same; one that is new, its name."""
+    labels = {}
+    for key in ("signal", "noise", "gradient_norm", "significant", "snr", "effective_step", "update_rms", "param_rms"):
+        labels[key] = plots.heat_map(over_time(**{key: [1.0, 2.0]}), key).figure.axes[-1].get_ylabel()
+    of = {"gradient_norm": "norm of the gradient", "significant": "share", "snr": "SNR of one gradient"}
+    of |= {"effective_step": "effective step", "update_rms": "RMS of the update", "param_rms": "RMS of the parameters"}
+    for key, label in labels.items():
+        assert label.startswith(of.get(key, key))
+    assert len(set(labels.values())) == len(labels)
+    assert plots.heat_map(over_time(loss=[1.0, 2.0]), "loss").figure.axes[-1].get_ylabel() == "loss"
+
+
+def test_what_has_no_floor_is_gray_and_not_a_number():
+    """Gray is no colour of the scale, so that no number looks like none."""
+    (image,) = plots.heat_map(over_time(pseudo_snr=[[1.0, 2.0]] * 3, floor=[[0.0, 0.5]] * 3)).images
+    np.testing.assert_array_equal(image.get_array().mask, [[True] * 3, [False] * 3])
+    gray = image.cmap(np.ma.masked_all(1))[0]
+    assert gray[0] == gray[1] == gray[2] > 0.5
+    assert tuple(gray) not in set(map(tuple, image.cmap(np.linspace(0, 1, 256))))
+
+
+@pytest.mark.parametrize("picture", ["heat_map", "depth", "overview"])
+@pytest.mark.parametrize("layers", [40, 41, 400])
+def test_no_axis_has_more_names_than_can_be_read(picture, layers):
+    """Up to 40 layers have their names; more have a dozen whole numbers at most, and no picture grows with them."""
+    drawn = getattr(plots, picture)(History(fake_reports(3, layers)))
+    figure = drawn if isinstance(drawn, Figure) else drawn.figure
+    titled = {axes.get_title(): axes for axes in figure.axes}
+    pictures = [titled[title] for title in ("Every layer over time", "SNR against depth") if title in titled]
+    assert len(pictures) == (2 if picture == "overview" else 1)
+    for axes in pictures:
+        ticks = [y for y in axes.get_yticks() if 0 <= y < layers]
+        texts = [axes.yaxis.get_major_formatter()(y) for y in ticks]
+        assert axes.get_ylim() == (layers - 0.5, -0.5)
+        if layers == 40:
+            assert texts == [f"layers/{i}/kernel" for i in range(layers)]
+        else:
+            assert 2 < len(ticks) <= 12
+            assert texts == [f"{y:.0f}" for y in ticks] == [str(int(y)) for y in ticks]
+            assert pictures[0].get_ylabel() == f"number of the layer, of {layers}"
+    assert figure.get_size_inches()[1] <= (15 if picture == "overview" else 10)
+
+
+def test_few_of_many_layers_have_their_names_and_marks():
+    """What counts is what is shown; dots are for lines of few layers."""
+    history = History(fake_reports(3, 400))
+    few = plots.depth(history, "layers/1./")
+    assert [tick.get_text() for tick in few.get_yticklabels()] == [f"layers/{i}/kernel" for i in range(10, 20)]
+    for axes, seen in ((few, True), (plots.depth(history), False)):
+        assert {line.get_markersize() > 0 for line in axes.get_lines()[:-1]} == {seen}
+
+
+def test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it():
+    """1.96 errors to both sides; on a logarithmic axis what goes to 0 or below would go to the end of the world."""
+    error = np.array([10.0, 45.0, 46.0, 80.0, 400.0])
+    numbers = {"noise_scale": np.full(5, 100.0), "noise_scale_error": error, "noise_scale_limit": np.full(5, 1e4)}
+    axes = plots.noise_scale(over_time(**numbers))
+    (band,) = axes.collections
+    for step, (low, high) in enumerate(zip((80.4, 11.8, 10, 10, 10), 100 + 1.96 * error, strict=True), start=1):
+        assert ends(band, step) == pytest.approx([low, high])
+    assert axes.get_yscale() == "log"
+
+
+def test_a_noise_scale_that_has_no_place_on_its_axis_is_a_gap():
+    """0 is one, and so is a limit of 0 or of nothing; a limit stands only where the scale is beyond it."""
+    scale = [50.0, 0.0, np.nan, np.inf, np.inf, np.inf, np.inf]
+    limit = [90.0, 80.0, 70.0, 60.0, 0.0, np.nan, np.inf]
+    axes = plots.noise_scale(over_time(noise_scale=scale, noise_scale_error=np.ones(7), noise_scale_limit=limit))
+    drawn = lines(axes)
+    np.testing.assert_array_equal(drawn["noise scale"][1], [50] + [np.nan] * 6)
+    np.testing.assert_array_equal(drawn["at least"], [[4], [60]])
+
+
+def test_an_snr_is_shaded_only_where_it_is_above_its_floor():
+    """Shown from 0 on, so that what looks twice as high is twice as much."""
+    axes = plots.snr(over_time(pseudo_snr=[0.6, 0.5, 0.2, 0.25], floor=[0.3] * 4))
+    (shade,) = axes.collections
+    assert [ends(shade, step) for step in (1, 2, 3, 4)] == [[0.3, 0.6], [0.3, 0.5], [], []]
+    assert axes.get_ylim()[0] == 0
+
+
+def test_a_signal_below_none_is_drawn_as_none():
+    """The average <m, g> may be negative, or more than the power: neither norm is, nor is half of it hidden."""
+    numbers = {"gradient_norm": [3.0, 3.0, 3.0], "persistent": [5.0, -4.0, 16.0], "snr_error": [0.5, 0.125, 0.5]}
+    axes = plots.signal_and_noise(over_time(**numbers))
+    drawn = lines(axes)
+    np.testing.assert_allclose(drawn["signal"][1], [5**0.5, 0, 4])
+    np.testing.assert_allclose(drawn["noise"][1], [2, 13**0.5, 0])
+    np.testing.assert_allclose(drawn["floor"][1], [2, 13**0.5 / 2, 0])
+    assert axes.get_ylim()[0] == 0
+    depth = plots.depth(over_time(pseudo_snr=[[3.0, 2.0]] * 3, floor=[[1.0, 1.0]] * 3))
+    assert depth.get_xlim()[0] == 0
+
+
+def test_one_report_is_drawn_as_points():
+    """A line from a number to itself cannot be seen."""
+    history = History(fake_reports(1, 2))
+    for draw in (plots.signal_and_noise, plots.snr, plots.noise_scale):
+        for line in draw(history).get_lines():
+            assert line.get_marker() not in ("", "None") or len(line.get_xdata()) == 2  # across the whole picture
+    for draw in (plots.signal_and_noise, plots.snr):
+        assert {line.get_marker() for line in draw(History(fake_reports(2, 2))).get_lines()} == {""}
+
+
+def test_large_numbers_have_their_thousands():
+    history = History(fake_reports(3, 2, every=10_000))
+    for draw in PICTURES[:3]:
+        assert draw(history).xaxis.get_major_formatter()(20_000) == "20,000"
+    assert plots.noise_scale(history).yaxis.get_major_formatter()(1000.0) == "1,000"
+    assert "batch size used: 4,096" in legend(plots.noise_scale(history, 4096))
+
+
+def test_overview_hands_on_what_it_is_given(history):
+    """The batch size, and one axis of layers for both pictures that have one."""
+    titled = {axes.get_title(): axes for axes in plots.overview(history, 32).axes}
+    assert "batch size used: 32" in legend(titled["Noise scale"])
+    assert titled["Noise scale"].get_ylabel() == "noise scale (examples)"
+    heat, depth = titled["Every layer over time"], titled["SNR against depth"]
+    assert heat.get_shared_y_axes().joined(heat, depth)
 
 
 def test_every_axis_is_labelled_with_its_unit(history):

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import snr_adam
-from snr_adam.state.footprint import footprint
+from snr_adam.state.footprint import Footprint, footprint
 from snr_adam.state.sharding import LikeParameters, Zero1, state_sharding
 
 STORAGES = ("float32", "bfloat16", "packed")
@@ -151,6 +151,16 @@ def test_zero1_splits_the_longest_axis_that_divides(shape, spec, want):
     assert state_sharding(optax.trace(0.9), p, mesh, "zero1").trace.spec == want
 
 
+@pytest.mark.parametrize("smallest", [None, 8 * 2**10, 8])
+def test_zero1_splits_an_array_of_exactly_the_smallest_size(smallest):
+    """`smallest` is the size from which an array is split: one with an element less per device lies whole."""
+    mesh, policy = _mesh(data=8), Zero1() if smallest is None else Zero1(smallest=smallest)
+    assert policy.smallest == (smallest or 2**14)
+    for size, want in ((policy.smallest, "data"), (policy.smallest - 8, None)):
+        p = jax.ShapeDtypeStruct((size, 1), jnp.float32)
+        assert state_sharding(optax.trace(0.9), p, mesh, policy).trace.spec == P(want, None)
+
+
 def test_zero1_over_axes_by_name():
     mesh = _mesh(replica=2, shard=4)
     p = jax.ShapeDtypeStruct((128, 64), jnp.float32)
@@ -216,6 +226,39 @@ def test_the_report_says_what_is_whole():
         "255 kB in all, 140 kB on each of 8 devices: 54.94%, where an even split is 12.50%",
         "whole on every device: 2 arrays, 123 kB: trace/odd (122 kB), trace/b (1.02 kB)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ((0, 0, 1, ()), ["0 bytes in all, 0 bytes on each of 1 devices: 100.00%, where an even split is 100.00%"]),
+        (
+            (999, 999, 1, (("w", 999),)),
+            ["999 bytes in all, 999 bytes on each of 1 devices: 100.00%, where an even split is 100.00%"],
+        ),
+        (
+            (1_000, 250, 4, ()),
+            ["1.00 kB in all, 250 bytes on each of 4 devices: 25.00%, where an even split is 25.00%"],
+        ),
+        (
+            (123_456_789, 23_456_000, 8, (("a", 12_300_000), ("b", 999_999), ("c", 12_345))),
+            [
+                "123 MB in all, 23.46 MB on each of 8 devices: 19.00%, where an even split is 12.50%",
+                "whole on every device: 3 arrays, 13.31 MB: a (12.30 MB), b (1000 kB), c (12.35 kB)",
+            ],
+        ),
+        (
+            (2 * 10**12, 10**9, 8, (("a", 4), ("b", 3), ("c", 2), ("d", 1))),
+            [
+                "2.00 TB in all, 1.00 GB on each of 8 devices: 0.05%, where an even split is 12.50%",
+                "whole on every device: 4 arrays, 10 bytes: a (4 bytes), b (3 bytes), c (2 bytes), ...",
+            ],
+        ),
+    ],
+)
+def test_a_footprint_in_words(seen, said):
+    """Three digits or more of each size, the three largest of the arrays that are whole, and whether there are more."""
+    assert str(Footprint(*seen)).splitlines() == said
 
 
 def test_a_state_in_the_hosts_memory_trains_the_same():

@@ -131,6 +131,14 @@ def test_nothing_under_the_cutoff_is_shared(cutoff):
         assert row.saved == ((row.shape[0] - 1) * 40 * 4 if snr >= cutoff else 0)
 
 
+def test_an_snr_of_exactly_the_cutoff_passes():
+    """The cutoff is the least that is accepted; the next number above it is not reached."""
+    v = {"w": _uneven(11.0, 60) * 10.0 ** np.linspace(-2, 2, 40)[None]}
+    least = _suggest(v).rows[0].snr
+    assert _axes(_suggest(v, cutoff=least)) == {"w": (0,)}
+    assert _axes(_suggest(v, cutoff=np.nextafter(least, np.inf))) == {"w": ()}
+
+
 def test_the_most_is_saved_that_passes():
     """Both axes where both together pass, else the longer one."""
     even = _uneven(100.0, 60, 0) * _uneven(100.0, 90, 1)
@@ -186,6 +194,8 @@ def test_the_table():
     assert "none" in e
     assert w.split() == ["w", "(10,", "20)", "(0)", "inf", "0.0%", "720"]
     assert total == "v shrinks from 1,124 to 404 bytes (cutoff SNR_K >= 10)"
+    row = str(_suggest({"w": _uneven(16.34, 60) * 10.0 ** np.linspace(-2, 2, 40)[None]})).splitlines()[1]
+    assert row.split() == ["w", "(60,", "40)", "(0)", "16.3", "12.4%", "9,440"]
 
 
 # going on with it

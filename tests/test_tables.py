@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -56,6 +57,67 @@ def test_in_colour_it_says_the_same():
         for text in plain[:-1]:
             assert any(line.startswith(text.rstrip("-")) for line in colored)
         assert all(word in " ".join(colored) for word in (plain[-1], "green: signal, red: an SNR within 2 errors"))
+
+
+SEEN = {
+    "signal": [0.12345, 1.0, np.nan],
+    "noise": [12.345, 3.0, 3000.0],
+    "pseudo_snr": [0.0123456, 0.25, np.inf],
+    "floor": [0.22942, 0.5, 1.0],
+    "snr": [0.1234, 1.26, -0.456],
+    "snr_error": [0.0456, np.nan, 2.34],
+    "significant": [0.195, np.nan, 0.0549],
+    "effective_step": [1.2345e-4, np.nan, 2.0],
+    "gradient_norm": [1234.5, 7.0, 0.0],
+    "noise_scale": [71.4, np.inf, np.nan],
+    "noise_scale_error": [12.3, np.inf, np.nan],
+    "noise_scale_limit": [400.0, 1234.0, np.nan],
+}
+PRINTED = [
+    ["layer", "signal", "noise", "pseudo_snr", "floor", "snr", "significant"],
+    ["in", "0.123", "12.3", "0.0123", "0.229", "0.12 +- 0.05", "19.5%"],
+    ["out", "1", "3", "0.25", "0.5", "1.3", "-"],
+    ["total", "-", "3e+03", "inf", "1", "-0.46 +- 2", "5.5%"],
+]
+PRINTED_TOO = [
+    ["effective_step", "gradient_norm", "noise scale"],
+    ["1.23e-04", "1.23e+03", "71 +- 12"],
+    ["-", "7", ">= 1,234"],
+    ["2.00e+00", "0", "-"],
+]
+
+
+def seen(step=1234, batch_size=None, order=(0, 1, 2)) -> Report:
+    """A report of two layers and all of them with the numbers of `SEEN`, taken in another order if told so."""
+    values = {key: [row[i] for i in order] for key, row in SEEN.items()}
+    columns = {key: np.array(row[:2]) for key, row in values.items()}
+    return Report(step, ("in", "out"), columns, {key: row[2] for key, row in values.items()}, batch_size)
+
+
+def cells(text) -> list[list[str]]:
+    """The head, the layers and the total of a printed table."""
+    _, head, first, second, _, total, *_ = str(text).split("\n")
+    return [re.split(" {2,}", line) for line in (head, first, second, total)]
+
+
+def test_every_number_is_printed_under_its_name_with_all_its_digits():
+    """Three digits; an SNR has two and its error one; a share has a tenth of a percent; a dash is no number."""
+    shown = str(seen())
+    assert cells(shown) == [a + b for a, b in zip(PRINTED, PRINTED_TOO, strict=True)]
+    assert shown.startswith("step 1,234\n")
+    assert shown.endswith("noise scale in batches")
+    assert str(seen(batch_size=32)).endswith("noise scale in examples")
+
+
+def test_over_time_a_number_is_printed_as_in_the_table_of_its_step():
+    """The first and the last of each layer, and of all, each with the error of its own time."""
+    table, order = cells(seen()), [(2, 0, 1), (1, 2, 0), (0, 1, 2)]
+    history = History(seen(step=1000 * (t + 1), order=each) for t, each in enumerate(order))
+    for key in set(PRINTED[0][1:] + PRINTED_TOO[0][:2]):
+        column = [row[table[0].index(key)] for row in table[1:]]
+        head, *rows = cells(history.sparklines(key))
+        assert head[:3] == ["layer", "step 1,000", "step 3,000"]
+        assert [row[1:3] for row in rows] == [[column[i], column[j]] for i, j in zip(*order[::2], strict=True)]
 
 
 def test_bars_are_logarithmic():

@@ -1,5 +1,7 @@
 """What `report` and `metrics` read: through every wrapper and host, under the parameters' own names."""
 
+import contextlib
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fake_reports import measured
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -108,9 +111,176 @@ def test_stacked_layers_are_reported_one_by_one():
 def test_groups_are_ratios_of_sums():
     got = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))))
     everything = got.group(["."])
-    for key in ("snr", "pseudo_snr", "noise_scale", "significant", "effective_step"):
+    for key in set(got.columns) - {"snr_error", "noise_scale_error", "noise_scale_limit"}:  # one run has its own errors
         np.testing.assert_allclose(everything.columns[key][0], got.total[key], rtol=1e-4, err_msg=key)
     assert got.group({"encoder": "^enc", "none": "xyz"}).names == ("encoder",)
+
+
+LAYERS = {
+    "size": [10, 30, 60],
+    "counted": [8, 30, 2],
+    "signal": [3.0, 1.0, 2.0],
+    "noise": [1.0, 4.0, 2.0],
+    "floor": [0.2, 0.5, 0.9],
+    "significant": [0.9, 0.3, 0.05],
+    "update_rms": [0.3, 0.1, 0.2],
+    "param_rms": [1.0, 3.0, 2.0],
+    "gradient_norm": [2.0, 5.0, 3.0],
+    "persistent": [3.0, 2.0, 4.0],
+    "persistent_error": [0.1, 0.3, 0.2],
+    "snr_error": [0.5, 0.02, 0.3],
+}
+
+
+def by_hand(rows, batch_size=None) -> dict[str, float]:
+    """What those layers of `LAYERS` are together: the numbers of a report from its definitions."""
+    x = {key: np.array(values)[rows] for key, values in LAYERS.items()}
+    size, power, persistent = np.sum(x["size"]), np.sum(x["gradient_norm"] ** 2), np.sum(x["persistent"])
+    noises = x["gradient_norm"] ** 2 - x["persistent"]  # an error of an SNR is one of its numerator, over these
+    error, batch = np.sqrt(np.sum(x["persistent_error"] ** 2)), batch_size or 1
+    rms = {key: np.sqrt(np.sum(x[key] ** 2 * x["size"]) / size) for key in ("update_rms", "param_rms")}
+    signal, noise = np.sqrt(np.sum(x["signal"] ** 2)), np.sqrt(np.sum(x["noise"] ** 2))
+    return rms | {
+        "size": size,
+        "signal": signal,
+        "noise": noise,
+        "pseudo_snr": signal / noise,
+        "floor": np.sqrt(np.sum(x["floor"] ** 2 * x["noise"] ** 2)) / noise,
+        "snr": persistent / (power - persistent),
+        "snr_error": np.sqrt(np.sum((x["snr_error"] * noises) ** 2)) / (power - persistent),
+        "significant": np.sum(x["significant"] * x["counted"]) / np.sum(x["counted"]),
+        "effective_step": rms["update_rms"] / rms["param_rms"],
+        "gradient_norm": np.sqrt(power),
+        "persistent": persistent,
+        "noise_scale": batch * (power - persistent) / persistent,
+        "noise_scale_error": batch * power / persistent * error / persistent,
+        "noise_scale_limit": batch * (power / (2 * error) - 1),
+    }
+
+
+GROUPS = {"each layer": ["a", "b", "c"], "two and one": ["a|b", "c"], "all": ["."]}
+
+
+@pytest.mark.parametrize("batch_size", [None, 32])
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_weighs_its_layers(name, batch_size):
+    """A floor by noise, an SNR's error by the noise it is of, means by elements; errors add up in squares."""
+    made = measured(batch_size, **LAYERS)
+    grouped = made.group(GROUPS[name])
+    assert list(grouped.names) == GROUPS[name]
+    assert grouped.batch_size == batch_size
+    for pattern, row in zip(GROUPS[name], grouped.rows, strict=True):
+        expected = by_hand([bool(re.search(pattern, layer)) for layer in made.names], batch_size)
+        assert row == {"name": pattern} | {key: pytest.approx(x, rel=1e-12) for key, x in expected.items()}
+    assert grouped.total == made.total == pytest.approx(by_hand([True] * 3, batch_size), rel=1e-12)
+
+
+def test_a_layer_belongs_to_the_first_pattern_that_it_matches():
+    made = measured(**LAYERS)
+    got = made.group({"last": "c", "all": ".", "none": "a"})
+    assert got.names == ("last", "all")
+    assert list(got.columns["size"]) == [60, 40]
+
+
+def test_what_one_layer_does_not_know_its_group_knows_only_if_the_others_say_it():
+    """No signal of the whole without that of a part; a share, a floor and norms are those of the layers that know."""
+    blind = {"persistent": np.nan, "persistent_error": np.nan, "snr_error": np.nan}
+    unseen = {"significant": np.nan, "counted": np.nan, "signal": np.nan}
+    made = {
+        key: measured(**{name: [*values[:2], lost.get(name, values[2])] for name, values in LAYERS.items()}).total
+        for key, lost in (("blind", blind), ("unseen", unseen))
+    }
+    whole, two = by_hand([True] * 3), by_hand([True, True, False])
+    unknown = {"snr", "snr_error", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit"}
+    assert {key for key, x in made["blind"].items() if np.isnan(x)} == unknown
+    for key in set(whole) - unknown:
+        assert made["blind"][key] == pytest.approx(whole[key], rel=1e-12)
+    assert {key for key, x in made["unseen"].items() if np.isnan(x)} == set()
+    assert made["unseen"]["significant"] == pytest.approx(two["significant"], rel=1e-12)
+    assert made["unseen"]["floor"] == pytest.approx(whole["floor"], rel=1e-12)
+
+
+def test_a_dict_of_a_report_is_what_it_says():
+    made = measured(32, **LAYERS | {"param_rms": [1.0, np.nan, 0.0]})
+    said = json.loads(json.dumps(made.to_dict(), allow_nan=False))
+    assert (said["step"], said["batch_size"], said["names"]) == (7, 32, ["a", "b", "c"])
+    assert said["columns"]["effective_step"] == [0.3, None, None]
+    assert said["total"] == made.total
+    assert {key: said["columns"][key] for key in ("signal", "floor")} == {
+        key: LAYERS[key] for key in ("signal", "floor")
+    }
+
+
+@contextlib.contextmanager
+def reported(numbers):
+    """What reads a state is given this report in its place, in batches or examples as asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loggers, "report", lambda _, batch_size=None: measured(batch_size, **numbers))
+        yield measured(**numbers)
+
+
+ORDER = np.argsort(np.sin(np.arange(1, 22)))  # 21 layers: the third smallest is the 10th percentile, and so on
+SKEWED = {
+    "signal": 1.1**ORDER,
+    "significant": 0.9 * 0.8**ORDER,
+    "gradient_norm": np.full(21, 10.0),
+    "persistent": 1.2**ORDER,
+    "persistent_error": np.full(21, 0.1),
+}
+TOTALS = (
+    *("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step", "update_rms"),
+    *("gradient_norm", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit"),
+)
+
+
+def test_a_metric_is_what_its_name_says():
+    """The totals of the report, and the layers below which 10, 50 and 90 % of the others are."""
+    with reported(SKEWED) as seen:
+        got = loggers.metrics(None)
+    expected = {f"snr/{key}": seen.total[key] for key in TOTALS}
+    for key in ("snr", "pseudo_snr", "significant"):
+        low, middle, high = np.sort(seen.columns[key])[[2, 10, 18]]
+        expected |= {f"snr/{key}_p10": low, f"snr/{key}_p50": middle, f"snr/{key}_p90": high}
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_metrics_of_layers_are_their_numbers():
+    with reported(LAYERS) as seen:
+        few, all_of_it = loggers.metrics(None, "x/"), loggers.metrics(None, "x/", layers=True)
+    rows = {f"x/{key}/{name}": column[i] for key, column in seen.columns.items() for i, name in enumerate(seen.names)}
+    assert all_of_it == few | rows
+
+
+def test_metrics_count_in_examples_where_a_batch_size_is_given():
+    """Noise scales are that many times those in batches, of all and of each layer; nothing else changes."""
+    with reported(LAYERS):
+        batches, examples = (loggers.metrics(None, layers=True, batch_size=b) for b in (None, 32))
+    factor = {key: 32 if "noise_scale" in key else 1 for key in batches}
+    assert sum(x == 32 for x in factor.values()) == 3 * 4
+    assert examples == pytest.approx({key: factor[key] * x for key, x in batches.items()}, rel=1e-12)
+
+
+def test_metrics_leave_out_what_is_no_number():
+    """A noise scale beyond its limit leaves its limit; a layer without a number leaves percentiles to the others."""
+    unseen = {"significant": [0.2, np.nan, 0.4], "persistent": [-1.0, 9.0, -1.0], "gradient_norm": [3.0, 3.0, 3.0]}
+    with reported(unseen | {"param_rms": [0.0] * 3, "persistent_error": [9.0] * 3}) as seen:
+        got = loggers.metrics(None)
+    assert seen.columns["snr"][1] == np.inf
+    gone = {"noise_scale", "noise_scale_error", "effective_step"}
+    spread = {f"{key}_p{p}" for key in ("snr", "pseudo_snr", "significant") for p in (10, 50, 90)}
+    assert set(got) == {f"snr/{key}" for key in (set(TOTALS) | spread) - gone}
+    assert got["snr/significant_p50"] == pytest.approx(0.3)
+    assert got["snr/snr_p90"] == pytest.approx(-0.1)
+
+
+def test_a_histogram_is_of_the_quantity_that_it_names():
+    """Each bin holds the layers whose number is in it, for every quantity on its own edges."""
+    with reported(SKEWED | {"floor": 0.9**ORDER, "param_rms": 2 * 1.3**ORDER, "noise": 1.05**ORDER}) as seen:
+        got = loggers.histograms(None)
+    for key, edges in BINS.items():
+        inside = [np.sum((seen.columns[key] >= a) & (seen.columns[key] < b)) for a, b in itertools.pairwise(edges)]
+        assert sum(inside) == 21
+        np.testing.assert_array_equal(got[f"snr/layers/{key}"][0], inside)
 
 
 def test_the_table_and_its_forms():
@@ -121,7 +291,10 @@ def test_the_table_and_its_forms():
     assert [row["name"] for row in got.rows] == list(NAMES)
     assert json.loads(json.dumps(got.to_dict()))["names"] == list(NAMES)
     batches = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))))
-    np.testing.assert_allclose(got.columns["noise_scale"], 32 * batches.columns["noise_scale"])
+    for key in ("noise_scale", "noise_scale_error", "noise_scale_limit"):
+        np.testing.assert_allclose(got.columns[key], 32 * batches.columns[key])
+        np.testing.assert_allclose(got.total[key], 32 * batches.total[key])
+    assert np.isfinite(got.total["noise_scale_limit"])
 
 
 def test_metrics_are_plain_finite_floats_under_clean_names():

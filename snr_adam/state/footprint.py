@@ -69,5 +69,5 @@ def footprint(tree, shardings=None) -> Footprint:
 def _size(count: int) -> str:
     for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= power:
-            return f"{count / power:.3g} {unit}" if count / power >= 100 else f"{count / power:.2f} {unit}"
+            return f"{count / power:.0f} {unit}" if count / power >= 100 else f"{count / power:.2f} {unit}"
     return f"{count} bytes"

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from secrets import token_hex
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,11 @@ class History:
         for key, values in report.columns.items():
             if np.shape(values) != (len(names),):
                 raise ValueError(f"the report of step {step} has {np.shape(values)} of {key!r} for {len(names)} layers")
+        for key, value in report.total.items():
+            if np.shape(value) != ():
+                raise ValueError(
+                    f"the report of step {step} has {np.shape(value)} of {key!r} in total: give one number"
+                )
         keep = int(np.searchsorted(self._steps, step))
         del self._steps[keep:]
         self.columns._cut(keep)
@@ -163,12 +169,13 @@ class History:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file, as .npz (small, fast) or as .jsonl (text, one line per report) by the end of its name.
 
-        The file appears whole or not at all, so a run that is killed leaves the file of the save before.
+        The file appears whole or not at all, so a run that is killed leaves the file of the save before, and of several
+        processes, threads or hosts that save under one name the last to finish is read.
         """
         path = Path(path)
         write = _of(_WRITERS, path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f".{path.name}.{token_hex(8)}.tmp")  # a process id is shared by threads and hosts
         try:
             write(self, unfinished)
             os.replace(unfinished, path)
