@@ -158,3 +158,20 @@ def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by for real `by`, as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
+
+
+def _langevin(y):
+    """coth(y) - 1/y for 0 <= y <= 1/8, by its series: the closed form loses all digits there."""
+    z = y * y
+    return y * (1 / 3 - z * (1 / 45 - z * (2 / 945 - z * (1 / 4725 - z * (2 / 93555)))))
+
+
+def length(k: Decay, t):
+    """rho_t = 2/(1-b) - 1 - 2 t b^t / (1-b^t), the length of the simple average that an EMA of t steps amounts to.
+
+    With x = -t log b the large terms are coth(x/2t) and t coth(x/2) - t. While x is small both are near 2t/x, which is
+    1000 times their difference at b = .999: there the common part is taken out by hand.
+    """
+    x = -k.log * t
+    young = t + _langevin(-0.5 * k.log) - t * _langevin(0.5 * jnp.minimum(x, 0.25))
+    return jnp.where(x < 0.25, young, 2.0 / k.gain - 1.0 - 2.0 * t / jnp.expm1(x))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import optax
 
+from snr_adam import deviation as d
 from snr_adam import noise as n
 from snr_adam import signal as s
 from snr_adam._numerics import Hyper
@@ -276,7 +277,7 @@ def adabelief(
 
     Reference: Zhuang et al., AdaBelief Optimizer, arXiv 2010.07468, Algorithm 2.
     """
-    return _with_parts(descend(learning_rate, _average(b1, nesterov), n.Belief(b2, eps, eps_root), storage=storage), 1)
+    return _with_parts(descend(learning_rate, _average(b1, nesterov), d.Belief(b2, eps, eps_root), storage=storage), 1)
 
 
 @preset
@@ -347,7 +348,7 @@ def rmsprop(
     Reference: Hinton, Neural Networks for Machine Learning, lecture 6; Graves, arXiv 1308.0850, eq. 38-41.
     """
     if centered:
-        noise = n.Deviation(decay, eps, eps_in_sqrt, bias_correction, initial_scale)
+        noise = d.Deviation(decay, eps, eps_in_sqrt, bias_correction, initial_scale)
     else:
         noise = n.RMS(decay, *((0.0, eps) if eps_in_sqrt else (eps, 0.0)), bias_correction, initial_scale)
     step = descend(learning_rate, s.Gradient(), noise, storage=storage)
@@ -494,5 +495,5 @@ def centered_adam(
     Reference: Orvieto & Gower, In Search of Adam's Secret Sauce, arXiv 2505.21829, section 4.
     """
     return _with_parts(
-        descend(learning_rate, s.Mean(b), n.Spread(b, eps), weight_decay=weight_decay, mask=mask, storage=storage), 2
+        descend(learning_rate, s.Mean(b), d.Spread(b, eps), weight_decay=weight_decay, mask=mask, storage=storage), 2
     )

@@ -1,4 +1,4 @@
-"""The parts of an optimizer: signals, noises, storages, and how a state lies on a mesh.
+"""The parts of an optimizer: signals, noises, descents, storages, and how a state lies on a mesh.
 
     scale_by_snr(EMA(0.9), RMS(0.999), storage=Packed())
 
@@ -6,20 +6,10 @@ Each is a frozen dataclass. What a part of your own needs is written down as a P
 and `Storage`.
 """
 
-from snr_adam.noise import (
-    RMS,
-    Belief,
-    Deviation,
-    Infinity,
-    Maximum,
-    Noise,
-    Previous,
-    Rectified,
-    Shared,
-    Spread,
-    Unit,
-    Yogi,
-)
+from snr_adam.descent import Decoupled, Descent, TrustRatio
+from snr_adam.deviation import Belief, Deviation, Spread
+from snr_adam.noise import RMS, Infinity, Maximum, Noise, Previous, Rectified, Unit, Yogi
+from snr_adam.shared import Shared
 from snr_adam.signal import EMA, Gradient, Mean, Mixture, Nesterov, Sign, Signal
 from snr_adam.state.sharding import LikeParameters, Zero1
 from snr_adam.storage import Cast, Full, Packed, Storage
@@ -29,6 +19,8 @@ __all__ = [
     "RMS",
     "Belief",
     "Cast",
+    "Decoupled",
+    "Descent",
     "Deviation",
     "Full",
     "Gradient",
@@ -47,6 +39,7 @@ __all__ = [
     "Signal",
     "Spread",
     "Storage",
+    "TrustRatio",
     "Unit",
     "Yogi",
     "Zero1",

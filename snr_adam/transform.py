@@ -21,7 +21,8 @@ from snr_adam._compiler import unseen_zero
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
 from snr_adam.descent import Decoupled, Descent, decays
-from snr_adam.noise import RMS, Noise, Shared
+from snr_adam.noise import RMS, Noise
+from snr_adam.shared import Shared, SharedNoise
 from snr_adam.signal import EMA, Signal
 from snr_adam.step import OPEN, Gate, Rule, Stored
 from snr_adam.storage import Name, Storage
@@ -43,17 +44,6 @@ class ScaleBySnrState(NamedTuple):
     count: Any
     mu: Any
     nu: Any
-
-
-@_tree.exportable
-class SharedNoise(NamedTuple):
-    """The `nu` of a state whose noise is shared over axes (`noise.Shared`, `state.share`).
-
-    v: one array per parameter, in the order of the tree's leaves, with size 1 along the axes that share. Not a tree
-      like the parameters, because Flax and others give every array in such a tree the sharding of its parameter.
-    """
-
-    v: tuple
 
 
 class _Memory:

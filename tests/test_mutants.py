@@ -36,7 +36,7 @@ import test_twins
 from fake_reports import fake_reports
 
 import snr_adam
-from snr_adam import _bits, _numerics, _tree, descent, noise, precision, signal, storage, transform
+from snr_adam import _bits, _numerics, _tree, descent, deviation, noise, precision, signal, storage, transform
 from snr_adam import step as heart
 from snr_adam.state import sharding
 from snr_adam.telemetry import history, plots, text, trackers
@@ -238,7 +238,11 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         Caught(test_twins.test_updates_are_optaxs_with_every_option, ("adam", {"eps_root": 1e-2}), True),
     ),
     "stale signal": (
-        [replaced(signal.EMA, "estimate", lambda right: lambda self, m, g, k: ((m - k.gain * g) / (1 - k.gain), k.debias))],
+        [
+            replaced(
+                signal.EMA, "estimate", lambda right: lambda self, m, g, k: ((m - k.gain * g) / (1 - k.gain), k.debias)
+            )
+        ],
         definition(),
     ),
     "noise of the signal": (
@@ -304,7 +308,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         twin("amsgrad"),
     ),
     "adabelief around zero": (
-        [replaced(noise.Belief, "update", lambda right: lambda self, v, g, k, center: right(self, v, g, k, 0.0))],
+        [replaced(deviation.Belief, "update", lambda right: lambda self, v, g, k, center: right(self, v, g, k, 0.0))],
         twin("adabelief"),
     ),
     "radam without rectification": (

@@ -22,8 +22,9 @@ from snr_adam import _tree
 from snr_adam._bits import random_bits, seeds_at
 from snr_adam._moments import Moments, is_adam, of_adam
 from snr_adam._numerics import mean_onto
+from snr_adam.shared import SharedNoise
 from snr_adam.storage import Cast, InWords, Packed
-from snr_adam.transform import ScaleBySnrState, SharedNoise
+from snr_adam.transform import ScaleBySnrState
 
 
 def _encode_leaf(m, v, like: Moments, dither):

@@ -27,7 +27,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from snr_adam import _tree
-from snr_adam.transform import ScaleBySnrState, SharedNoise
+from snr_adam.shared import SharedNoise
+from snr_adam.transform import ScaleBySnrState
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam.noise import Shared
-from snr_adam.transform import ScaleBySnrState, SharedNoise
+from snr_adam.shared import Shared, SharedNoise
+from snr_adam.transform import ScaleBySnrState
 
 
 class Candidate(NamedTuple):

@@ -3,6 +3,8 @@
 A new quantity is a row of `_averages.Last`, made here, and a column of `report`.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +28,27 @@ class Leaf(NamedTuple):
     @property
     def size(self) -> int:
         return self.part.stop - self.part.start
+
+
+def _layer_axis(rule, path: str, shape) -> int | None:
+    """The axis of this leaf that stacks layers."""
+    if isinstance(rule, Mapping):
+        rule = next((axis for pattern, axis in rule.items() if re.search(pattern, path)), None)
+    if rule is None or not -len(shape) <= rule < len(shape) or not shape[rule]:
+        return None
+    return rule % len(shape)
+
+
+def observed_in(tree, found, rule) -> list[Leaf]:
+    """The leaves that have a first moment."""
+    leaves, start = [], 0
+    for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
+        if moments is not None:
+            axis = _layer_axis(rule, path, jnp.shape(x))
+            stop = start + (1 if axis is None else jnp.shape(x)[axis])
+            leaves.append(Leaf(i, path, axis, slice(start, stop)))
+            start = stop
+    return leaves
 
 
 class Shown:

@@ -45,8 +45,6 @@ take one more pass, at the first 16 looks and then ever more rarely, down to one
 would cost a branch and 8 bytes per parameter, they are not made.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +58,7 @@ from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry._averages import Last, Means, Memory
 from snr_adam.telemetry._outside import Clipped, Outside, averages_of
-from snr_adam.telemetry._seen import Leaf, Shown
+from snr_adam.telemetry._seen import Leaf, Shown, observed_in
 from snr_adam.transform import ScaleBySnrState
 
 _EARLY = 4  # steps that are looked at whatever `every` says
@@ -104,27 +102,6 @@ class _Sums(NamedTuple):
     means: Any
     memory: Any
     last: Any
-
-
-def _layer_axis(rule, path: str, shape) -> int | None:
-    """The axis of this leaf that stacks layers."""
-    if isinstance(rule, Mapping):
-        rule = next((axis for pattern, axis in rule.items() if re.search(pattern, path)), None)
-    if rule is None or not -len(shape) <= rule < len(shape) or not shape[rule]:
-        return None
-    return rule % len(shape)
-
-
-def _observed(tree, found, rule) -> list[Leaf]:
-    """The leaves that have a first moment."""
-    leaves, start = [], 0
-    for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
-        if moments is not None:
-            axis = _layer_axis(rule, path, jnp.shape(x))
-            stop = start + (1 if axis is None else jnp.shape(x)[axis])
-            leaves.append(Leaf(i, path, axis, slice(start, stop)))
-            start = stop
-    return leaves
 
 
 def _blank(inner, observed, leaves) -> ObserveState:
@@ -208,7 +185,7 @@ def observe(
                 )
         leaves, outer = _tree.flatten(params)
         found = find(inner, outer, leaves)
-        observed = _observed(params, found, layer_axis)
+        observed = observed_in(params, found, layer_axis)
         if not observed and any(x is not None for x in leaves):
             raise ValueError(
                 f"observe: {kinds_in(inner)} keep no first moment of the gradients, so nothing tells signal from "
@@ -221,7 +198,7 @@ def observe(
     def shown(leaves, outer, updates, state, inner, out, look, params) -> Shown:
         """What there is to ask of each observed leaf."""
         before, after = find(state.inner, outer, leaves), find(inner, outer, leaves)
-        observed = _observed(updates, after, layer_axis)
+        observed = observed_in(updates, after, layer_axis)
         here = {id(x) for x in jax.tree.leaves(inner)}
         us = outer.flatten_up_to(out)
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
