@@ -139,7 +139,15 @@ def inside(names):
     return (*(name for name in names if name != "observe"), "observe")
 
 
+# a branch of Optax's wants the dtype of the gradients, carry_remainder gives updates that float32 needs: JAX refuses
+UNEQUAL = [("apply_if_finite", "carry_remainder")]
+
+
 def check(names):
+    if names in UNEQUAL:
+        with pytest.raises(TypeError, match="dtypes do not match"):
+            run({"ours": product(names, ours("float32"))}, names)
+        return
     if expects_refusal(names):
         for storage in STORAGES:
             assert "observe what sees whole batches instead: " in (refused(names, ours(storage)) or "")
@@ -170,6 +178,8 @@ def check(names):
             assert got.names == want.names
             for key, column in want.columns.items():
                 near = 1e-5 if storage == "float32" else 2e-2
+                if key in ("param_rms", "effective_step"):
+                    near = 5e-3  # of the parameters as they are given to it: rounded ones outside of carry_remainder
                 np.testing.assert_allclose(got.columns[key], column, rtol=near, atol=1e-6, err_msg=key)
 
 

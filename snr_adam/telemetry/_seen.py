@@ -54,8 +54,8 @@ def observed_in(tree, found, rule) -> list[Leaf]:
 class Shown:
     """What one step has shown: its leaves, and what can be asked of each (`_look.Seen`, or `_outside.Outside`)."""
 
-    def __init__(self, observed: list[Leaf], seen: list, params: list):
-        self.observed, self.seen, self.params = observed, seen, params
+    def __init__(self, observed: list[Leaf], seen: list, params: list, updates: list):
+        self.observed, self.seen, self.params, self.updates = observed, seen, params, updates
         self.firsts: list[Average | None] = [each.first for each in seen]
         self.seconds: list[Average | None] = [each.second for each in seen]
         self.is_own = all(isinstance(each, Seen) for each in seen)
@@ -117,32 +117,37 @@ class Shown:
         second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
         return Memory(memory.weight, memory.square, *first, *second)
 
-    def sums(self, of, leaves=None) -> Any:
-        """of(what can be asked of a leaf) as rows (k, L): sums over each leaf or slice."""
-        each = zip(self.seen, self.observed, strict=True)
-        return jnp.concatenate([sums.together(of(seen), leaf.axis) for seen, leaf in each], axis=1)
+    def sums(self, of, take) -> Any:
+        """take(of(what can be asked of a leaf)) as rows (k, L): sums over each leaf or slice."""
+        each = zip(self.seen, self.observed, self.params, self.updates, strict=True)
+        return jnp.concatenate([take(of(seen, p, u), leaf.axis) for seen, leaf, p, u in each], axis=1)
 
-    def in_the_step(self):
-        """A and <m_{t-1}, g> from what the step began with, and the square of the noise where it is no average."""
+    def in_the_step(self, take, tie):
+        """A and <m_{t-1}, g> from what the step began with, and the square of the noise where it is no average.
 
-        def of(seen):
+        tie(x, p, u): x in a form that XLA takes into the kernel which makes p + u.
+        """
+        is_direct = any(seen.noise == "direct" for seen in self.seen)
+
+        def of(seen, p, u):
             g = seen.gradient()
-            direct = seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32)
-            return [abs_sq(g), sums.inner(seen.before(), g), direct]
+            found = [abs_sq(g), sums.inner(seen.before(), g)]
+            if is_direct:
+                found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
+            return [tie(x, p, u) for x in found]
 
-        if any(seen.noise == "direct" for seen in self.seen):
-            return self.sums(of)
-        return (*self.sums(lambda seen: of(seen)[:2]), jnp.zeros((), jnp.float32))
+        found = self.sums(of, take)
+        return (*found, jnp.zeros((), jnp.float32)) if not is_direct else found
 
     def after_the_step(self):
         """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with."""
 
-        def of(seen):
+        def of(seen, p, u):
             g, (m, v) = seen.gradient(), seen.after()
             v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
             return [abs_sq(g), sums.inner(m, g), abs_sq(m), v]
 
-        power, new, first, second = self.sums(of)
+        power, new, first, second = self.sums(of, sums.together)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
         return power, product, first, second

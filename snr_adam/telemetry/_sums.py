@@ -36,34 +36,26 @@ def together(xs, axis):
     return sums.reshape(number, -1, sums.shape[-1]).sum(1)
 
 
-def in_vectors(xs, axis, after=None):
-    """The same for a few sums of a large array: sixteen rows at a time are added to one.
+def in_one_reduction(xs, axis):
+    """The same inside of the kernel that an update makes on a GPU, as one reduction with several results.
 
-    XLA for CPU adds one number after the other, each addition waiting for the one before. A sum of sixteen it unrolls,
-    and then adds vectors, which is faster. The rows between take a sixteenth of the space of each array. On one device
-    `after`, sums that are to be known first, keeps those of several arrays from being in memory together; sums that
-    are not finite make these NaN.
+    XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array first.
     """
-    in_rows = [x.astype(jnp.float32) for x in xs]
-    if axis is None:
-        in_rows = _in_rows(in_rows, xs[0].size // np.gcd(xs[0].size, 4096))
-    *outer, rows, width = (1, 1, *in_rows[0].shape)
-    at, devices = in_rows[0].ndim - 2, jax.device_count()
-    rest = rows % (_ROWS * devices)
-    small = at < 0 or rows * width < 2**16 or width < 64  # not worth a second operation, or vectors
-    uneven = rest and devices > 1  # a device may have rows that do not make sixteens
-    if small or uneven or axis == at or _spec(in_rows[0])[at] is not None:
-        return together(xs, axis)
-    start = np.float32(0) if after is None or devices > 1 else 0 * after[0, 0]
-    bodies = [jax.lax.slice_in_dim(x, 0, rows - rest, axis=at) for x in in_rows]
-    added = _reduce([x.reshape(*outer[2:], -1, _ROWS, width) for x in bodies], (at + 1,), start)
-    total = jnp.stack([_sum(x, axis) for x in added])
-    if rest:
-        total += together([jax.lax.slice_in_dim(x, rows - rest, rows, axis=at) for x in in_rows], axis)
-    return total
+    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+    return _columns(_reduce(xs, tuple(i for i in range(xs[0].ndim) if i != axis)), axis)
 
 
-_ROWS = 16  # as many as XLA unrolls whatever is summed
+def one_by_one(xs, axis):
+    """The same inside of the kernel that an update makes on a TPU, as one reduction for each result.
+
+    There a reduction with several results does not become a part of the kernel.
+    """
+    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+    return _columns([jnp.sum(x, tuple(i for i in range(x.ndim) if i != axis)) for x in xs], axis)
+
+
+def _columns(sums, axis):
+    return jnp.stack([_whole(x[None] if axis is None else x) for x in sums])
 
 
 def _in_rows(xs, rows: int):
@@ -95,8 +87,3 @@ def _whole(x):
 
 def _add(xs, ys):
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
-
-
-def join(parts, number: int):
-    """The leaves' sums side by side: `number` rows."""
-    return jnp.concatenate(parts, axis=1) if parts else jnp.zeros((number, 0), jnp.float32)

@@ -45,6 +45,7 @@ take one more pass, at the first 16 looks and then ever more rarely, down to one
 would cost a branch and 8 bytes per parameter, they are not made.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +54,11 @@ import numpy as np
 import optax
 
 from snr_adam import _compiler, _tree
+from snr_adam._bits import word_of
 from snr_adam._look import Look
 from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Means, Memory
 from snr_adam.telemetry._outside import Clipped, Outside, averages_of
 from snr_adam.telemetry._seen import Leaf, Shown, observed_in
@@ -214,7 +217,8 @@ def observe(
             t = state.count + 1 if getattr(t, "shape", None) != () else t
             return Outside(leaves[i], old, new, kinds, us[i], t)
 
-        return Shown(observed, [seen(leaf) for leaf in observed], [ps[leaf.number] for leaf in observed])
+        those = [leaf.number for leaf in observed]
+        return Shown(observed, [seen(leaf) for leaf in observed], [ps[i] for i in those], [us[i] for i in those])
 
     def update(updates, state, params=None, *, look: Look | None = None, **extra_args):
         own = Look()
@@ -267,9 +271,14 @@ def observe(
         def _no_details(last, seen, memory):
             return last, old.detailed
 
-        def inside():
+        def tied(x, p, u):
+            """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
+            narrow = p is not None and jnp.result_type(p).itemsize < 4
+            return _compiler.after(x, _compiler.not_yet(t) & word_of(optax.apply_updates(p, u))) if narrow else x
+
+        def inside(take=sums.one_by_one, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, direct = step.in_the_step()
+            power, product, direct = step.in_the_step(take, tie)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
@@ -279,7 +288,8 @@ def observe(
 
         if not step.observed:
             return out, state._replace(inner=inner, count=t)
-        new, zero = jax.lax.platform_dependent(cpu=afterwards, default=inside)
+        on_gpu = functools.partial(inside, sums.in_one_reduction, lambda x, p, u: x)
+        new, zero = jax.lax.platform_dependent(cpu=afterwards, cuda=on_gpu, default=inside)
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
             out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
