@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from snr_adam._numerics import Average
 from snr_adam.noise import center
 from snr_adam.step import Numbers, Stored
 
@@ -16,21 +18,43 @@ from snr_adam.step import Numbers, Stored
 class Seen(NamedTuple):
     """One step of one array, for whoever passed a `look`: arrays are made when they are asked for.
 
-    rule: what the step was; gradient(): the gradient as the moments saw it; old, new: the moments at rest before and
-    after; numbers: of this step; dtype: the real one of the arithmetic; ok: whether the step was taken; t: its number;
-    alpha, decay: learning rate and weight decay, None and 0.0 of a step that only divides.
+    rule: what the step was; source, is_raw, gate: what makes the gradient; old, new: the moments at rest before and
+    after; numbers: of this step; dtype, wide: the real dtype of the arithmetic, and that of the gradient; t: the step's
+    number; alpha, decay: learning rate and weight decay, None and 0.0 of a step that only divides.
     """
 
     rule: Any
-    gradient: Any
+    source: Any
+    is_raw: bool
+    gate: Any
     old: Stored
     new: Stored
     numbers: Numbers
     dtype: Any
-    ok: Any
+    wide: Any
     t: Any
     alpha: Any
     decay: Any
+
+    @property
+    def ok(self):
+        """Whether the step was taken."""
+        return self.gate.ok
+
+    def gradient(self):
+        """The gradient as the moments saw it."""
+        return self.gate.gradient(self.source.astype(self.wide), self.is_raw)
+
+    def kind(self) -> tuple:
+        """What two arrays of one step have in common if their sums may be taken together."""
+        shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((self.source, self.old, self.new))]
+        return id(self.rule), self.is_raw, id(self.gate), str(self.dtype), *shapes
+
+    def stacked(self, others: "list[Seen]") -> "Seen":
+        """Several arrays of one kind as one, along a new first axis."""
+        those = [(each.source, each.old, each.new) for each in (self, *others)]
+        source, old, new = jax.tree.map(lambda *xs: jnp.stack(xs), *those)
+        return self._replace(source=source, old=old, new=new)
 
     @property
     def first(self):
@@ -43,6 +67,12 @@ class Seen(NamedTuple):
         """The `Average` that the square of the noise is of |g|^2, likewise."""
         known = getattr(self.rule.noise, "average", None)
         return known and known(self.numbers.noise)
+
+    @property
+    def constants(self) -> tuple[Average | None, Average | None]:
+        """Both averages without what belongs to one step, None where their decays change in time."""
+        pair = self.first, self.second
+        return tuple(x._replace(debias=0.0) if x and isinstance(x.gain, float) else None for x in pair)
 
     @property
     def noise(self) -> str:

@@ -103,10 +103,14 @@ class Gate:
         scale = self.scale.astype(g.real.dtype)
         return saturate(times(g, scale), scale)
 
-    def given(self, g, widen):
-        """The gradient that a step works with, `widen`ed: a scaled one is made from the raw one that it came from."""
+    def source(self, g) -> tuple[Any, bool]:
+        """What a step makes its gradient of, given g: the raw gradient that this gate scaled, or g as it is."""
         scaled, raw = self.raw.get(id(g), (None, None))
-        return self.scaled(widen(raw)) if scaled is g and g is not None else saturate(widen(g))
+        return (raw, True) if scaled is g and g is not None else (g, False)
+
+    def gradient(self, g, is_raw: bool):
+        """The gradient that a step works with, from what `source` gives, in the dtype it is computed in."""
+        return self.scaled(g) if is_raw else saturate(g)
 
     def choose(self, new, old):
         """`new` where the step is taken, else `old`, for trees of one structure; what holds itself as it is."""

@@ -186,14 +186,15 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
             k = numbers(dtype)._replace(zero=numbers(dtype).zero.astype(wide))
-            gradient = functools.partial(gate.given, given, lambda g: _tree.as_array(g).astype(wide))
-            x = gradient()
+            source, is_raw = gate.source(given)
+            source = _tree.as_array(source)
+            x = gate.gradient(source.astype(wide), is_raw)
             new = rule.moments(x, stored, k, dtype, dither, gate)
             ratio = rule.ratio(x, stored, new, k, dtype)
             p = None if p is None else _tree.as_array(p).astype(wide)
             alpha, decay = _in(dtype, alpha), _in(dtype, decay)
             if look is not None:
-                look.note(path, Seen(rule, gradient, stored, new, k, dtype, gate.ok, t, alpha, decay))
+                look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay))
             u = ratio.value if alpha is None else rule.descent.update(ratio, p, alpha, decay)
             return u.astype(g.dtype), new
 

@@ -145,7 +145,7 @@ def test_donated_state_shares_no_buffers():
     assert len(set(pointers)) == len(pointers)
 
 
-BIG = (1024, 1024)
+BIG = (4096, 4096)
 
 
 def _compiled(tx, shape=BIG):
@@ -158,19 +158,19 @@ def _compiled(tx, shape=BIG):
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"),
+    ("name", "extra", "kept"),
     [
-        ("snr_adam.adamw", 28),  # g, m and v; rarely, one more pass over g, m, v and p
-        ("snr_adam.adamw, packed", 20),
-        ("optax.sgd", 32),
+        ("snr_adam.adamw", 28, 0),  # g, m and v; rarely, one more pass over g, m, v and p
+        ("snr_adam.adamw, packed", 20, 0),
+        ("optax.sgd", 32, 4),  # whose update ends in a product, so it is not made to wait for the look
     ],
 )
-def test_no_temporaries_and_no_byte_too_many(name, extra):
+def test_no_temporaries_and_no_byte_too_many(name, extra, kept):
     """XLA counts both branches of each `cond`: what a step costs in which everything is due."""
     plain, observed = _compiled(OPTIMIZERS[name]()), _compiled(snr_adam.observe(OPTIMIZERS[name](), 10))
     size = np.prod(BIG)
     temporary = [x.memory_analysis().temp_size_in_bytes / size for x in (plain, observed)]
-    assert temporary[1] < temporary[0] + 0.01
+    assert temporary[1] < temporary[0] + kept + 0.011  # the sums of rows
     moved = [x.cost_analysis()["bytes accessed"] / size for x in (plain, observed)]
     assert moved[1] - moved[0] < extra + 1
 

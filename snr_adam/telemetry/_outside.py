@@ -60,7 +60,10 @@ def _moments_after(tx, leaves, outer, scale: float) -> list[list]:
                 _, state = tx.update(tree(scale * row), state, params)
             found = find(state, outer, outer.flatten_up_to(params))
             seen.append(
-                [None if x is None or x.form == "own" else (*x.read(), _spacing(x.mu), _spacing(x.nu)) for x in found]
+                [
+                    None if x is None or x.form != "numbers" else (*x.read(), _spacing(x.mu), _spacing(x.nu))
+                    for x in found
+                ]
             )
     except Exception:  # whatever another optimizer may want that it is not given here: nothing is known of it
         return []
@@ -123,16 +126,26 @@ class Outside(NamedTuple):
     t: Any
     ok: Any = True
 
+    def kind(self) -> tuple:
+        """What two leaves have in common if their sums may be taken together."""
+        arrays = [x for x in (self.g, self.old.mu, self.old.nu) if x is not None]
+        return self.averages, id(self.t), self.old.form, *((x.shape, str(x.dtype)) for x in map(_tree.as_array, arrays))
+
+    def stacked(self, others: "list[Outside]") -> "Outside":
+        """Several leaves of one kind as one, along a new first axis; for sums of what the step began with."""
+        gs, mus = zip(*((_tree.as_array(each.g), each.old.mu) for each in (self, *others)), strict=True)
+        return self._replace(g=jax.numpy.stack(gs), old=self.old._replace(mu=jax.numpy.stack(mus), nu=None))
+
     def gradient(self):
         return widen(_tree.as_array(self.g))
 
     @property
     def first(self):
-        return _as_computed(self.averages[0], self.old.mu)
+        return self.averages[0]
 
     @property
     def second(self):
-        return _as_computed(self.averages[1], self.old.nu)
+        return self.averages[1]
 
     @property
     def noise(self) -> str:
@@ -148,9 +161,12 @@ class Outside(NamedTuple):
         return widen(_tree.as_array(self.u))
 
 
-def _as_computed(average: Average | None, x) -> Average | None:
+def as_computed(averages: tuple, moments: Moments) -> tuple[Average | None, Average | None]:
     """The decays that d x + (1-d) y has when both factors are rounded to float32, as they are in Optax."""
-    if average is None or x.dtype == np.float64 or average.leak == 1:
-        return average
-    gain, leak = float(np.float32(average.gain)), 1.0 - float(np.float32(1.0 - average.leak))
-    return Average(gain, leak, 0.0)
+
+    def rounded(average: Average | None, x) -> Average | None:
+        if average is None or x.dtype == np.float64 or average.leak == 1:
+            return average
+        return Average(float(np.float32(average.gain)), 1.0 - float(np.float32(1.0 - average.leak)), 0.0)
+
+    return rounded(averages[0], moments.mu), rounded(averages[1], moments.nu)

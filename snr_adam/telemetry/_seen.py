@@ -5,9 +5,10 @@ A new quantity is a row of `_averages.Last`, made here, and a column of `report`
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from snr_adam import _tree
 from snr_adam._look import Seen
@@ -78,7 +79,8 @@ class Shown:
     def row(self, values: list):
         """One number per leaf as a vector."""
         size = sum(leaf.size for leaf in self.observed)
-        if all(x is values[0] or (isinstance(x, float) and x == values[0]) for x in values):
+        known = isinstance(values[0], float)
+        if all(x is values[0] or (known and isinstance(x, float) and x == values[0]) for x in values):
             return jnp.broadcast_to(jnp.asarray(values[0], jnp.float32), (size,))
         each = zip(values, self.observed, strict=True)
         return jnp.concatenate([jnp.broadcast_to(jnp.asarray(x, jnp.float32), (leaf.size,)) for x, leaf in each])
@@ -90,12 +92,12 @@ class Shown:
         """The sum of the weights in the first moment, and of their squares, after the step or so many steps `before`.
 
         memory: as it is then; only where decays change in time the weights are read from it."""
-        pairs = []
+        pairs, known = [], _known()
         for each, average, leaf in zip(self.seen, self.firsts, self.observed, strict=True):
             if average is None:
                 pairs.append((float("nan"), float("nan")))
             elif averages.is_constant(average):
-                pairs.append(averages.weights_after(average, each.t - before))
+                pairs.append(known(average, each.t, before)[:2])
             else:
                 pairs.append((memory.weight[leaf.part], memory.square[leaf.part]))
         return tuple(self.row(list(column)) for column in zip(*pairs, strict=True))
@@ -117,10 +119,13 @@ class Shown:
         second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
         return Memory(memory.weight, memory.square, *first, *second)
 
-    def sums(self, of, take) -> Any:
-        """take(of(what can be asked of a leaf)) as rows (k, L): sums over each leaf or slice."""
-        each = zip(self.seen, self.observed, self.params, self.updates, strict=True)
-        return jnp.concatenate([take(of(seen, p, u), leaf.axis) for seen, leaf, p, u in each], axis=1)
+    def each(self, of) -> list:
+        """of(what can be asked, parameter, update) of every leaf."""
+        return [of(*one) for one in zip(self.seen, self.params, self.updates, strict=True)]
+
+    @property
+    def axes(self) -> list:
+        return [leaf.axis for leaf in self.observed]
 
     def in_the_step(self, take, tie):
         """A and <m_{t-1}, g> from what the step began with, and the square of the noise where it is no average.
@@ -136,8 +141,26 @@ class Shown:
                 found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
             return [tie(x, p, u) for x in found]
 
-        found = self.sums(of, take)
-        return (*found, jnp.zeros((), jnp.float32)) if not is_direct else found
+        groups: dict = {}
+        for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
+            small = leaf.axis is None and sums.is_small(seen.before())
+            groups.setdefault(seen.kind() if small else i, []).append(i)
+        found = []
+        for first, *rest in groups.values():
+            seen, leaf = self.seen[first], self.observed[first]
+            if rest:
+                found.append(take(of(seen.stacked([self.seen[i] for i in rest]), None, None), 0))
+            else:
+                found.append(take(of(seen, self.params[first], self.updates[first]), leaf.axis))
+        rows = self._in_order(sums.columns(found), [i for group in groups.values() for i in group])
+        return rows if is_direct else (*rows, jnp.zeros((), jnp.float32))
+
+    def _in_order(self, rows, order: list):
+        """Columns in the order of the leaves, from that in which they were made."""
+        ends = np.cumsum([self.observed[i].size for i in order])
+        place = {i: np.arange(end - self.observed[i].size, end) for i, end in zip(order, ends, strict=True)}
+        index = np.concatenate([place[i] for i in range(len(order))])
+        return rows if np.all(np.diff(index) == 1) else rows[:, index]
 
     def after_the_step(self):
         """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with."""
@@ -147,7 +170,7 @@ class Shown:
             v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
             return [abs_sq(g), sums.inner(m, g), abs_sq(m), v]
 
-        power, new, first, second = self.sums(of, sums.together)
+        power, new, first, second = sums.joined(self.each(of), self.axes)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
         return power, product, first, second
@@ -168,11 +191,13 @@ class Shown:
     def _factors(self) -> list:
         """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
 
+        known = _known()
+
         def factor(seen, average: Average | None):
             if average is None:
                 return 1.0 if seen.noise == "direct" else float("nan")
             unknown = isinstance(average.debias, float) and average.debias == 0
-            return 1 / averages.weights_after(average, seen.t)[0] if unknown else average.debias
+            return known(average, seen.t)[2] if unknown else average.debias
 
         return [factor(seen, average) for seen, average in zip(self.seen, self.seconds, strict=True)]
 
@@ -198,7 +223,21 @@ class Shown:
             return [jnp.asarray(x) for x in (abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p))]
 
         each = zip(self.seen, self.observed, self.params, strict=True)
-        rows = jnp.concatenate([sums.together(of(*one), one[1].axis) for one in each], axis=1)
+        rows = sums.joined([of(*one) for one in each], self.axes)
         _, significant, counted, update, param = rows
         known = jnp.where(counted > 0, 1.0, jnp.nan)
         return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
+
+
+def _known():
+    """`weights_after`, and one over the sum of the weights, made once for all leaves that have the same."""
+    found: dict = {}
+
+    def known(average: Average, t, before: int = 0) -> tuple:
+        key = average.gain, average.leak, id(t), before
+        if key not in found:
+            weight, square = averages.weights_after(average, t - before)
+            found[key] = weight, square, 1 / weight
+        return found[key]
+
+    return known

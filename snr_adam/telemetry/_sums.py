@@ -4,6 +4,8 @@ What is summed together is read once. XLA for CPU takes rows of an array side by
 long arrays are summed in rows. On a mesh the sums come back whole on every device.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ def inner(x, y):
     return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
 def together(xs, axis):
     """The sums of n arrays of one shape in one pass: what they share is computed once and stored nowhere.
 
@@ -37,25 +40,35 @@ def together(xs, axis):
 
 
 def in_one_reduction(xs, axis):
-    """The same inside of the kernel that an update makes on a GPU, as one reduction with several results.
+    """Sums inside of the kernel that an update makes on a GPU, as one reduction with several results.
 
     XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array first.
     """
     xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
-    return _columns(_reduce(xs, tuple(i for i in range(xs[0].ndim) if i != axis)), axis)
+    return _reduce(xs, _all_but(axis, xs[0]))
 
 
 def one_by_one(xs, axis):
-    """The same inside of the kernel that an update makes on a TPU, as one reduction for each result.
+    """Sums inside of the kernel that an update makes on a TPU, as one reduction for each result.
 
     There a reduction with several results does not become a part of the kernel.
     """
     xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
-    return _columns([jnp.sum(x, tuple(i for i in range(x.ndim) if i != axis)) for x in xs], axis)
+    return [jnp.sum(x, _all_but(axis, x)) for x in xs]
 
 
-def _columns(sums, axis):
-    return jnp.stack([_whole(x[None] if axis is None else x) for x in sums])
+def _all_but(axis, x) -> tuple[int, ...]:
+    return tuple(i for i in range(x.ndim) if i != axis)
+
+
+def columns(found: list):
+    """What the two above have found, leaf after leaf, as rows (k, L); in few operations, each of which is a kernel."""
+    return jnp.stack([jnp.concatenate([jnp.atleast_1d(_whole(x)) for x in row]) for row in zip(*found, strict=True)])
+
+
+def is_small(x) -> bool:
+    """Whether a kernel of its own takes longer to launch and to compile than to run."""
+    return x.size <= 2**14 and all(part is None for part in _spec(x))
 
 
 def _in_rows(xs, rows: int):
@@ -83,6 +96,11 @@ def _spec(x):
 def _whole(x):
     """The same on every device, where an explicit mesh shards it."""
     return jax.sharding.reshard(x, jax.P()) if any(part is not None for part in _spec(x)) else x
+
+
+def joined(xs: list, axes: list):
+    """`together` of what is to be summed of each leaf, as rows (k, L)."""
+    return jnp.concatenate([together(row, axis) for row, axis in zip(xs, axes, strict=True)], axis=1)
 
 
 def _add(xs, ys):

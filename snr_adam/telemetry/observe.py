@@ -60,7 +60,7 @@ from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Means, Memory
-from snr_adam.telemetry._outside import Clipped, Outside, averages_of
+from snr_adam.telemetry._outside import Clipped, Outside, as_computed, averages_of
 from snr_adam.telemetry._seen import Leaf, Shown, observed_in
 from snr_adam.transform import ScaleBySnrState
 
@@ -212,10 +212,12 @@ def observe(
             if found and all(id(x) in here for x in jax.tree.leaves(found.new)):
                 return found
             i = leaf.number
-            old, new, kinds = before[i], after[i], from_outside(leaves, outer)[i]
-            t = getattr(new.owner, "count", None)
-            t = state.count + 1 if getattr(t, "shape", None) != () else t
-            return Outside(leaves[i], old, new, kinds, us[i], t)
+            old, new = before[i], after[i]
+            kinds = found.constants if found else as_computed(from_outside(leaves, outer)[i], old)
+            counts = [getattr(moments.owner, "count", None) for moments in (old, new)]
+            counted = all(getattr(count, "shape", None) == () for count in counts)
+            t, ok = (counts[1], counts[1] != counts[0]) if counted else (state.count + 1, True)
+            return Outside(leaves[i], old, new, kinds, us[i], t, ok)
 
         those = [leaf.number for leaf in observed]
         return Shown(observed, [seen(leaf) for leaf in observed], [ps[i] for i in those], [us[i] for i in those])
@@ -273,7 +275,7 @@ def observe(
 
         def tied(x, p, u):
             """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
-            narrow = p is not None and jnp.result_type(p).itemsize < 4
+            narrow = p is not None and u is not None and jnp.result_type(p).itemsize < 4
             return _compiler.after(x, _compiler.not_yet(t) & word_of(optax.apply_updates(p, u))) if narrow else x
 
         def inside(take=sums.one_by_one, tie=tied):
