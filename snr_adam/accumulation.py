@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
+from snr_adam._compiler import never
 from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
 
 
@@ -100,9 +101,8 @@ def accumulate(
 
         def run(state):
             piece, whole = _square(grads), _square(state.buffer)
-            # whole < 0 is never true, which no compiler knows: the sum is read before the update takes its place, and
-            # need not be copied
-            pieces = jnp.where(whole < 0, 0, n)
+            # the sum is read before the update takes its place, and need not be copied
+            pieces = jnp.where(never(whole), 0, n)
             mean = jax.tree.map(lambda s: divide(s, pieces.astype(compute_dtype(s))), state.buffer)
             given = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, grads)
             us, inner = tx.update(given, state.inner, params, **extra_args)
