@@ -31,7 +31,7 @@ LAYERS = (
         "telemetry.history",
         "telemetry.observe",
     },
-    {"_presets", "telemetry.report"},
+    {"_presets", "state.forms", "telemetry.report"},
     {"optimizers", "telemetry.advice", "telemetry.trackers"},
     {"parts", "state", "telemetry"},
     {"__init__", "plan", "state.files", "telemetry.plots"},

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from snr_adam import _tree
 from snr_adam.state.digest import compare, manifest, verify
+from snr_adam.state.forms import FORM, earlier, renewed
 
 
 def save_state(directory: str | os.PathLike, step: int, state: Any) -> None:
@@ -42,7 +43,7 @@ def save_state(directory: str | os.PathLike, step: int, state: Any) -> None:
             raise ValueError(f"{directory} has a checkpoint {step} already: delete it, or save under a later step")
         item = ocp.args.Composite(
             state=ocp.args.StandardSave(_without_empty(state)),
-            manifest=ocp.args.JsonSave({"step": step, "leaves": leaves}),
+            manifest=ocp.args.JsonSave({"step": step, "form": FORM, "leaves": leaves}),
         )
         manager.save(step, args=item, force=True)
 
@@ -64,11 +65,12 @@ def restore_state(directory: str | os.PathLike, like: Any, step: int | None = No
     with _manager(directory, writes=False) as manager:
         step = _chosen(manager, directory, step)
         with _about(f"checkpoint {os.path.join(directory, str(step))}"):
-            leaves = _read_manifest(manager, step)
-            compare(like, leaves)
-            state = _read_state(manager, step, like)
+            form, leaves = _read_manifest(manager, step)
+            target = earlier(like, form)
+            compare(target, leaves)
+            state = _read_state(manager, step, target)
             verify(state, leaves)
-    return state
+    return state if form == FORM else renewed(state, like)
 
 
 def _manager(directory, writes: bool) -> ocp.CheckpointManager:
@@ -99,7 +101,7 @@ def _chosen(manager, directory, step: int | None) -> int:
 def _read_manifest(manager, step: int):
     try:
         saved = manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
-        named, leaves = saved["step"], saved["leaves"]
+        named, form, leaves = saved["step"], saved.get("form", 1), saved["leaves"]
     except Exception as error:
         raise ValueError(
             "its manifest is missing or damaged, so nothing says whether the rest is whole: take an older checkpoint; "
@@ -107,7 +109,11 @@ def _read_manifest(manager, step: int):
         ) from error
     if named != step:
         raise ValueError(f"it was saved as step {named} and renamed since: give the directory its old name")
-    return leaves
+    if form > FORM:
+        raise ValueError(
+            f"it is of form {form}, and this version of snr_adam reads forms 1 to {FORM}: take a newer one"
+        )
+    return form, leaves
 
 
 def _read_state(manager, step: int, like):
