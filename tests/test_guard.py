@@ -356,3 +356,27 @@ def test_what_was_decoded_encodes_to_the_same_bits(storage):
     stored = rest.encode(mu, nu, dither)
     again = rest.encode(*rest.decode(*stored, jnp.float32), functools.partial(dither, seed=7))
     same_bits(again, stored)
+
+
+@pytest.mark.parametrize("inner", [None, 1.0])
+@pytest.mark.parametrize("outer", [None, 1.0, 3.0])
+def test_a_guard_in_a_guard_clips_to_the_shorter_and_skips_for_both(inner, outer):
+    clips = [x for x in (inner, outer) if x is not None]
+    nested = guard(guard(snr_adam.adam(0.1), clip_norm=inner), clip_norm=outer, max_consecutive=2)
+    once = guard(snr_adam.adam(0.1), clip_norm=min(clips) if clips else None)
+    grads = [jnp.asarray([3.0, -4.0]), jnp.asarray([jnp.nan, 1.0]), jnp.asarray([0.3, 0.1]), jnp.asarray([5.0, 12.0])]
+    w = {"nested": jnp.ones(2), "once": jnp.ones(2)}
+    states = {"nested": nested.init(w["nested"]), "once": once.init(w["once"])}
+    for g in grads:
+        for name, tx in (("nested", nested), ("once", once)):
+            u, states[name] = jax.jit(tx.update)(g, states[name], w[name])
+            w[name] = optax.apply_updates(w[name], u)
+        np.testing.assert_allclose(w["nested"], w["once"], rtol=1e-5)
+    assert states["nested"].skipped == states["once"].skipped == 1
+    assert states["nested"].inner.inner[0].count == 3
+    for _ in range(3):  # the outer one holds: what the inner one would take is not taken either
+        u, states["nested"] = jax.jit(nested.update)(grads[1], states["nested"], w["nested"])
+    before = states["nested"].inner
+    u, states["nested"] = jax.jit(nested.update)(grads[0], states["nested"], w["nested"])
+    np.testing.assert_array_equal(u, 0)
+    jax.tree.map(np.testing.assert_array_equal, states["nested"].inner, before)

@@ -37,7 +37,7 @@ def _after(tx, params=PARAMS, steps=6):
 
 WRAPPED = {
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), snr_adam.observe(optax.adamw(0.1))),
-    "around a chain": lambda: snr_adam.observe(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))),
+    "around a chain": lambda: snr_adam.observe(optax.chain(optax.clip_by_global_norm(1.0), snr_adam.adamw(0.1))),
     "named_chain": lambda: optax.named_chain(("clip", optax.clip(1.0)), ("adam", snr_adam.observe(optax.adam(0.1)))),
     "MultiSteps": lambda: optax.MultiSteps(snr_adam.observe(optax.adam(0.1)), 2),
     "inject_hyperparams": lambda: snr_adam.observe(optax.inject_hyperparams(snr_adam.adamw)(0.1)),
