@@ -23,7 +23,7 @@ import numpy as np
 from snr_adam._checks import check_scalar
 
 Scalar = float | jax.Array
-Hyper = Scalar | Callable[[Any], Any]
+Hyper = Scalar | np.floating | Callable[[Any], Any]
 """A hyper-parameter: a number, a traced scalar, or a schedule (a function of the number of steps taken so far)."""
 
 

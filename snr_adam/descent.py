@@ -15,7 +15,7 @@ the way to end an update so that its bits do not depend on the program around it
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -26,9 +26,10 @@ from snr_adam._numerics import abs_sq, times
 class Descent(Protocol):
     """What a descent has; see the module."""
 
-    needs_params: ClassVar[bool]
+    @property
+    def needs_params(self) -> bool: ...
 
-    def update(self, ratio, p, alpha, decay) -> Any: ...
+    def update(self, ratio, p, alpha, decay, /) -> Any: ...
 
 
 def decays(decay) -> bool:
@@ -40,7 +41,7 @@ def decays(decay) -> bool:
 class Decoupled:
     """-alpha signal / noise - (alpha lambda) p."""
 
-    needs_params: ClassVar[bool] = False
+    needs_params = False
 
     def update(self, ratio, p, alpha, decay):
         u = ratio.times(-alpha)
@@ -51,7 +52,7 @@ class Decoupled:
 class TrustRatio:
     """The same, each array's step scaled to the norm of its parameter."""
 
-    needs_params: ClassVar[bool] = True
+    needs_params = True
 
     def update(self, ratio, p, alpha, decay):
         u = ratio.value
