@@ -41,8 +41,8 @@ class Moments(NamedTuple):
         """m and v as they are computed with, in float32 or float64; v is None where there is none."""
         if self.form == "own":
             raise ValueError(
-                f"the moments of this {type(self.owner).__name__} rest in a form that only the storage of its optimizer "
-                "can read (its nu is InOwnForm): put observe right around that optimizer, inside of what steps it in a "
+                f"the moments of this {type(self.owner).__name__} rest in the form of a storage that this package does "
+                "not know (its nu is InOwnForm): put observe right around that optimizer, inside of what steps it in a "
                 "branch, in a loop or under jit"
             )
         if self.form == "words":

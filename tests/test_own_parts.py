@@ -193,7 +193,7 @@ def test_what_only_its_storage_can_read_is_not_converted(storage, convert):
     tx, like = snr_adam.adam(0.1, storage=storage), snr_adam.adam(0.1).init(PARAMS)
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert isinstance(state[0].nu, InOwnForm)
-    with pytest.raises(ValueError, match="InOwnForm.*(only its own optimizer|use storage)"):
+    with pytest.raises(ValueError, match=r"InOwnForm.*(only its own optimizer|use storage)"):
         CONVERSIONS[convert](state, like)
 
 
@@ -206,7 +206,7 @@ def test_a_storage_of_ones_own_takes_no_shared_noise():
 def test_where_the_step_is_hidden_the_order_is_named():
     """In a branch of Optax's only the state comes out, which nobody but the storage can read."""
     tx, w = observe(optax.apply_if_finite(snr_adam.adam(0.1, storage=own.Exchanged()), 5)), jnp.ones(3)
-    with pytest.raises(ValueError, match="InOwnForm.*put observe right around that optimizer"):
+    with pytest.raises(ValueError, match=r"InOwnForm.*put observe right around that optimizer"):
         tx.update(w, tx.init(w), w)
 
 

@@ -354,7 +354,10 @@ def test_complex_moments():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: snr_adam.adam(0.01, storage="pack"), r"storage='pack' is no name of a storage: use one of the names \['bfloat16', 'float32'"),
+        (
+            lambda: snr_adam.adam(0.01, storage="pack"),
+            r"storage='pack' is no name of a storage: use one of the names \['bfloat16'",
+        ),
         (lambda: snr_adam.adam(0.01, storage=None), "storage=None is of type NoneType, not a storage: use one"),
         (lambda: snr_adam.parts.Cast(nu="int8"), "a moment needs a floating dtype"),
         (lambda: snr_adam.adam(0.01, storage="packed", mu_dtype="bfloat16"), "both say how the signal rests"),
