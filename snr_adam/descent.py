@@ -15,7 +15,7 @@ the way to end an update so that its bits do not depend on the program around it
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -24,10 +24,15 @@ from snr_adam._numerics import abs_sq, times
 
 @runtime_checkable
 class Descent(Protocol):
-    """What a descent has; see the module."""
+    """What a descent has; see the module.
 
-    @property
-    def needs_params(self) -> bool: ...
+    `needs_params` may be a field, a property, or belong to the class. No type says that: it is looked for at run time.
+    """
+
+    if not TYPE_CHECKING:
+
+        @property
+        def needs_params(self) -> bool: ...
 
     def update(self, ratio, p, alpha, decay, /) -> Any: ...
 
@@ -41,7 +46,7 @@ def decays(decay) -> bool:
 class Decoupled:
     """-alpha signal / noise - (alpha lambda) p."""
 
-    needs_params = False
+    needs_params: ClassVar[bool] = False
 
     def update(self, ratio, p, alpha, decay):
         u = ratio.times(-alpha)
@@ -52,7 +57,7 @@ class Decoupled:
 class TrustRatio:
     """The same, each array's step scaled to the norm of its parameter."""
 
-    needs_params = True
+    needs_params: ClassVar[bool] = True
 
     def update(self, ratio, p, alpha, decay):
         u = ratio.value

@@ -122,8 +122,8 @@ class HalvesExchanged:
         return high | (m + (bits >> 16)) >> 16, ()
 
     def decode(self, mu, nu, dtype):
-        m, v = mu << 16, mu & jnp.uint32(0xFFFF0000)
-        return tuple(jax.lax.bitcast_convert_type(x, jnp.float32).astype(dtype) for x in (m, v))
+        m, v = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (mu << 16, mu & jnp.uint32(0xFFFF0000)))
+        return m.astype(dtype), v.astype(dtype)
 
 
 @dataclass(frozen=True)
