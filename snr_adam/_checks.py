@@ -105,29 +105,36 @@ def check_hyperparams(**hyperparams) -> None:
 
 
 def check_part(owner: str, name: str, part, kind, example: str) -> None:
-    """Raises TypeError unless `part` has what a part of this kind (a Protocol) has, each method with its arguments.
+    """Raises TypeError unless `part` has what a part of this kind (a Protocol) has."""
+    fault = fault_of(part, kind)
+    if fault:
+        order = ", and the signal before the noise" if name in ("signal", "noise") and hasattr(part, "update") else ""
+        instead = "" if isinstance(part, type) else f": give a part such as {example}, from snr_adam.parts{order}"
+        raise TypeError(f"{owner}: {name}={part!r} {fault}{instead}")
+
+
+def fault_of(part, kind) -> str | None:
+    """What `part` lacks of a part of this kind (a Protocol): a method, a field, or an argument of a method.
 
     Signals and noises have methods of the same names; what tells them apart is how many arguments `update` takes.
     """
-    needs = [each for each, x in vars(kind).items() if callable(x) and not each.startswith("_")]
-    fields = [each for each in vars(kind).get("__annotations__", {}) if not each.startswith("_")]
-    what, instead = f"{owner}: {name}={part!r}", f"give a part such as {example}, from snr_adam.parts"
+    a, members = f"a {kind.__name__.lower()}", {name: x for name, x in vars(kind).items() if not name.startswith("_")}
+    methods = {name: x for name, x in members.items() if inspect.isfunction(x)}
+    fields = [name for name, x in members.items() if isinstance(x, property)]
     if isinstance(part, type):
-        raise TypeError(f"{what} is a class: write {part.__name__}()")
-    lacks = [each for each in (*needs, *fields) if not hasattr(part, each)]
-    if len(lacks) == len(needs) + len(fields) or isinstance(part, (str, int, float)):
-        raise TypeError(f"{what} is of type {type(part).__name__}, not a {kind.__name__.lower()}: {instead}")
+        return f"is a class: write {part.__name__}()"
+    lacks = [name for name in (*methods, *fields) if not hasattr(part, name)]
+    if len(lacks) == len(methods) + len(fields) or isinstance(part, (str, bytes, int, float)):
+        return f"is of type {type(part).__name__}, not {a}"
     if lacks:
-        raise TypeError(f"{what} lacks {', '.join(lacks)}, which a {kind.__name__.lower()} has: {instead}")
-    for each in needs:
-        takes = [x.name for x in inspect.signature(getattr(kind, each)).parameters.values()][1:]
+        return f"lacks {' and '.join(map(repr, lacks))}, which {a} has"
+    for name, method in methods.items():
+        takes = list(inspect.signature(method).parameters)[1:]
         try:
-            inspect.signature(getattr(part, each)).bind(*takes)
-        except TypeError:
-            raise TypeError(
-                f"{what}: its {each} does not take ({', '.join(takes)}), as that of a {kind.__name__.lower()} does: "
-                f"{instead}. In scale_by_snr(signal, noise) the signal comes first"
-            ) from None
+            inspect.signature(getattr(part, name)).bind(*takes)
+        except (TypeError, ValueError):
+            return f"is not {a}, whose {name!r} takes ({', '.join(takes)})"
+    return None
 
 
 def _check_tree(what: str, tree) -> None:

@@ -65,7 +65,7 @@ class Seen(NamedTuple):
     @property
     def second(self):
         """The `Average` that the square of the noise is of |g|^2, likewise."""
-        known = getattr(self.rule.noise, "average", None)
+        known = getattr(self.rule.noise, "average", None) if hasattr(self.rule.noise, "second") else None
         return known and known(self.numbers.noise)
 
     @property

@@ -41,7 +41,9 @@ class Moments(NamedTuple):
         """m and v as they are computed with, in float32 or float64; v is None where there is none."""
         if self.form == "own":
             raise ValueError(
-                f"the moments of {type(self.owner).__name__} rest in a form that only its storage can read"
+                f"the moments of this {type(self.owner).__name__} rest in the form of a storage that this package does "
+                "not know (its nu is InOwnForm): put observe right around that optimizer, inside of what steps it in a "
+                "branch, in a loop or under jit"
             )
         if self.form == "words":
             return Packed().decode(self.mu, (), jnp.float32)
@@ -70,6 +72,8 @@ def _owners(state) -> list:
 
 def _first(owner):
     mu = getattr(owner, field_of(owner) or "")
+    if form_of(owner) == "own" and not jax.tree.leaves(mu):  # some storage has all in the other place
+        mu = owner.nu.nu
     return mu.m1 if isinstance(mu, FastAndSlow) else mu
 
 
@@ -116,8 +120,8 @@ def of_adam(state, where: str) -> tuple[Any, list[Moments | None]]:
     form, (ms, outer) = form_of(state), _tree.flatten(state.mu)
     if form == "own":
         raise ValueError(
-            f"the state at {where} keeps its moments in the form of a storage that this package does not know: only "
-            "its own optimizer can read them"
+            f"the state at {where} keeps its moments in the form of a storage that this package does not know (its nu "
+            "is InOwnForm): only its own optimizer can read them"
         )
     shared = isinstance(state.nu, SharedNoise)
     vs, structure = (list(state.nu.v), outer) if shared else _tree.flatten(state.nu)

@@ -23,7 +23,7 @@ import numpy as np
 from snr_adam._checks import check_scalar
 
 Scalar = float | jax.Array
-Hyper = Scalar | Callable[[Any], Any]
+Hyper = Scalar | np.floating | Callable[[Any], Any]
 """A hyper-parameter: a number, a traced scalar, or a schedule (a function of the number of steps taken so far)."""
 
 
@@ -46,12 +46,18 @@ def widen(x) -> jax.Array:
 def moment_like(p, initial: Scalar = 0.0) -> jax.Array:
     """A new array shaped and sharded like `p`, in the dtype p is computed in, complex if p is."""
     dtype = compute_dtype(p)
-    return jnp.full_like(p, initial, dtype=complex_like(dtype) if jnp.iscomplexobj(p) else dtype)
+    return _full_like(p, initial, complex_like(dtype) if jnp.iscomplexobj(p) else dtype)
 
 
 def square_like(p, initial: Scalar = 0.0) -> jax.Array:
     """The same for a moment of |g|^2: always real."""
-    return jnp.full_like(p, initial, dtype=compute_dtype(p))
+    return _full_like(p, initial, compute_dtype(p))
+
+
+def _full_like(p, initial: Scalar, dtype) -> jax.Array:
+    """A new array also for a scalar p, of which JAX would give `initial` back: one buffer cannot be donated twice."""
+    full = jnp.full_like(p, initial, dtype=dtype)
+    return jnp.array(full, copy=True) if isinstance(initial, jax.Array) else full
 
 
 def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:

@@ -88,9 +88,9 @@ def accumulate(
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
         buffer = [None if p is None else _tree.init_like(moment_like, _tree.as_array(p)) for p in leaves]
-        square = _tree.init_like(_scalar, next((p for p in leaves if _tree.is_abstract(p)), None))
-        counts = _tree.new_count(leaves), _tree.new_count(leaves)
-        return AccumulateState(*counts, outer.unflatten(buffer), square, square, tx.init(params))
+        # scalars are arrays of their own: one buffer cannot be donated twice
+        (count, steps), (piece, mean) = ([new(leaves) for _ in range(2)] for new in (_tree.new_count, _zero))
+        return AccumulateState(count, steps, outer.unflatten(buffer), piece, mean, tx.init(params))
 
     def update(updates, state, params=None, **extra_args):
         n = jnp.asarray(every(state.steps) if callable(every) else every, jnp.int32)
@@ -129,8 +129,8 @@ def apply_accumulated(params, state: AccumulateState):
     return jax.lax.cond(state.count == 0, optax.apply_updates, lambda params, _: params, params, state.buffer)
 
 
-def _scalar(_):
-    return jnp.zeros((), jnp.float32)
+def _zero(leaves):
+    return _tree.new_scalar(leaves, jnp.zeros((), jnp.float32))
 
 
 def _square(tree):

@@ -15,7 +15,7 @@ the way to end an update so that its bits do not depend on the program around it
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -24,11 +24,17 @@ from snr_adam._numerics import abs_sq, times
 
 @runtime_checkable
 class Descent(Protocol):
-    """What a descent has; see the module."""
+    """What a descent has; see the module.
 
-    needs_params: ClassVar[bool]
+    `needs_params` may be a field, a property, or belong to the class. No type says that: it is looked for at run time.
+    """
 
-    def update(self, ratio, p, alpha, decay) -> Any: ...
+    if not TYPE_CHECKING:
+
+        @property
+        def needs_params(self) -> bool: ...
+
+    def update(self, ratio, p, alpha, decay, /) -> Any: ...
 
 
 def decays(decay) -> bool:

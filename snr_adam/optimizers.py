@@ -11,7 +11,7 @@ Bias corrections are computed as expm1(t log b) where Optax computes 1 - b**t, s
 by Optax's own rounding, about 1e-5 at b2 = .999. Where a definition differs from Optax's, the docstring says so.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
@@ -26,8 +26,8 @@ from snr_adam.step import OPEN, Gate
 from snr_adam.storage import Cast, Name, Storage
 from snr_adam.transform import Rate, descend, wrong_state
 
-Mask = Any
-Tx = optax.GradientTransformationExtraArgs
+Mask: TypeAlias = Any
+Tx: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def _stored(storage: Name | Storage, mu_dtype) -> Name | Storage:

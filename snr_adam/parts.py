@@ -3,9 +3,10 @@
     scale_by_snr(EMA(0.9), RMS(0.999), storage=Packed())
 
 Each is a frozen dataclass. What a part of your own needs is written down as a Protocol: `Signal`, `Noise`, `Descent`
-and `Storage`.
+and `Storage`. `Average` is what a part says of itself to telemetry, see `snr_adam.signal`.
 """
 
+from snr_adam._numerics import Average
 from snr_adam.descent import Decoupled, Descent, TrustRatio
 from snr_adam.deviation import Belief, Deviation, Spread
 from snr_adam.noise import RMS, Infinity, Maximum, Noise, Previous, Rectified, Unit, Yogi
@@ -17,6 +18,7 @@ from snr_adam.storage import Cast, Full, Packed, Storage
 __all__ = [
     "EMA",
     "RMS",
+    "Average",
     "Belief",
     "Cast",
     "Decoupled",

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._bits import float_of, round_to, word_of
+from snr_adam._checks import fault_of
 from snr_adam._tree import exportable
 
 
@@ -37,9 +38,9 @@ from snr_adam._tree import exportable
 class Storage(Protocol):
     """What a storage has; see the module."""
 
-    def encode(self, mu, nu, dither) -> tuple[Any, Any]: ...
+    def encode(self, mu, nu, dither, /) -> tuple[Any, Any]: ...
 
-    def decode(self, mu, nu, dtype) -> tuple[Any, Any]: ...
+    def decode(self, mu, nu, dtype, /) -> tuple[Any, Any]: ...
 
 
 Name = Literal["float32", "bfloat16", "packed"]
@@ -177,23 +178,23 @@ def resolve(storage: Name | Storage) -> Any:
     """The storage of that name, or the object itself."""
     if isinstance(storage, str) and storage in _BY_NAME:
         return _BY_NAME[storage]
-    if isinstance(storage, Storage) and not isinstance(storage, type):
+    fault = "is no name of a storage" if isinstance(storage, str) else fault_of(storage, Storage)
+    if fault is None:
         return storage
-    if isinstance(storage, type):
-        raise ValueError(f"storage={storage!r} is a class: write {storage.__name__}()")
-    lacks = [name for name in ("encode", "decode") if not hasattr(storage, name)]
-    missing = f" lacks {lacks[0]}" if len(lacks) == 1 else ""
-    raise ValueError(
-        f"storage={storage!r}{missing}: use one of the names {sorted(_BY_NAME)} or an object such as "
-        "Cast(nu='bfloat16')"
-    )
+    instead = f": use one of the names {sorted(_BY_NAME)} or an object such as Cast(nu='bfloat16')"
+    raise ValueError(f"storage={storage!r} {fault}{'' if isinstance(storage, type) else instead}")
+
+
+def is_apart(storage: Storage) -> bool:
+    """Whether the storage is known to keep mu and nu as numbers, each in its own place. A subclass may do anything."""
+    return type(storage) in (Full, Cast)
 
 
 def mark(storage: Storage, nu) -> Any:
     """`nu`, the tree of a whole state, marked with the form in which this storage keeps the moments."""
-    if isinstance(storage, Packed):
+    if type(storage) is Packed:
         return InWords()
-    return nu if isinstance(storage, (Full, Cast)) else InOwnForm(nu)
+    return nu if is_apart(storage) else InOwnForm(nu)
 
 
 def unmark(nu) -> Any:

@@ -5,8 +5,8 @@ a step from around it: the gate of a `guard`, the look of an `observe`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from snr_adam.signal import EMA, Signal
 from snr_adam.step import OPEN, Gate, Rule, Stored
 from snr_adam.storage import Name, Storage
 
-Rate = float | jax.Array | Callable[[Any], Any] | Any
+Rate: TypeAlias = Hyper | Mapping[Any, "Rate"] | list[Any] | tuple["Rate", ...]
 """A learning rate: a number, a scalar array, a schedule, or a tree of these that is a prefix of the parameters."""
 
 
@@ -53,7 +53,7 @@ class _Memory:
         self.rule, self.axes_of = rule, axes_of
         self.inner = jax.tree.structure(jax.eval_shape(lambda: rule.init(jnp.zeros((), jnp.float32))))
         self.kept = functools.cache(self._kept)
-        if axes_of and not self._can_share():
+        if axes_of and not (storages.is_apart(rule.storage) and self._can_share()):
             raise ValueError(
                 f"Shared({rule.noise!r}) with storage={rule.storage!r}: sharing needs a noise that keeps one array per "
                 "parameter, such as RMS, and a storage that keeps it apart from the signal: 'float32' or 'bfloat16'"
@@ -211,9 +211,9 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
 
 def _build(owner: str, signal, noise, storage, descent, per_leaf=_PerLeaf()):
     axes_of = noise.axes_of if isinstance(noise, Shared) else None
-    inside = noise.noise if isinstance(noise, Shared) else noise
+    inside, inside_of = (noise.noise, f"{owner}: Shared") if isinstance(noise, Shared) else (noise, owner)
     check_part(owner, "signal", signal, Signal, "EMA(0.9)")
-    check_part(owner, "noise", inside, Noise, "RMS(0.999)")
+    check_part(inside_of, "noise", inside, Noise, "RMS(0.999)")
     check_part(owner, "descent", descent, Descent, "Decoupled()")
     return _lift(_Memory(Rule(signal, inside, storage, descent), axes_of), per_leaf)
 

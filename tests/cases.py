@@ -18,13 +18,16 @@ from snr_adam.parts import (
     EMA,
     RMS,
     Belief,
+    Cast,
     Deviation,
+    Full,
     Gradient,
     Infinity,
     Maximum,
     Mean,
     Mixture,
     Nesterov,
+    Packed,
     Previous,
     Rectified,
     Sign,
@@ -57,6 +60,14 @@ NOISES = {
     "deviation_debiased": Deviation(0.9, eps_in_sqrt=False, debias=True),
     "spread": Spread(0.95),
     "unit": Unit(),
+}
+STORAGES = {
+    "float32": Full(),
+    "bfloat16": Cast("bfloat16", "bfloat16"),
+    "signal in bfloat16": Cast(mu="bfloat16"),
+    "signal in float16": Cast(mu="float16"),
+    "noise in bfloat16": Cast(nu="bfloat16"),
+    "packed": Packed(),
 }
 # name -> the preset, its Optax namesake (None if there is none)
 PRESETS = {

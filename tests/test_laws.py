@@ -12,8 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import snr_adam
 from snr_adam import scale_by_snr
 
 PAIRS = {
@@ -23,8 +25,9 @@ PAIRS = {
 }
 PRESETS = {name: functools.partial(preset, 0.1) for name, (preset, _) in cases.PRESETS.items()}
 ALL = {**PAIRS, **PRESETS}
+ALL |= {f"storage {name}": functools.partial(scale_by_snr, storage=x) for name, x in cases.STORAGES.items()}
 # under 64 bits each estimator once: the numerators over RMS, the denominators under an EMA, and the presets
-SOME = [name for name in ALL if name in PRESETS or name.startswith("ema/") or name.endswith("/rms")]
+SOME = [name for name in ALL if name in PRESETS or name.startswith(("ema/", "storage ")) or name.endswith("/rms")]
 
 
 def mixed_tree():
@@ -192,3 +195,127 @@ def test_a_learning_rate_of_zero_moves_nothing(name, rate):
     for g in (w, 0 * w, 1e30 * w):
         updates, state = tx.update(g, state, w)
         np.testing.assert_array_equal(updates, 0)
+
+
+@pytest.mark.parametrize("name", cases.NOISES)
+def test_a_gradient_of_zero_moves_nothing(name):
+    """Not at any step, and makes no NaN, whatever the noise of nothing is."""
+    tx, zeros = scale_by_snr(cases.SIGNALS["ema"], cases.NOISES[name]), jnp.zeros((30, 3))
+    updates, _, state = cases.run(tx, zeros[0], zeros)
+    np.testing.assert_array_equal(updates, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def moments(dtype=jnp.float32):
+    """m and v over nearly all exponents that a step can make, zeros among them."""
+    rng = np.random.default_rng(0)
+    m, v = (rng.normal(size=1000) * np.exp2(rng.uniform(-110, top, 1000)) for top in (50, 100))
+    m[:3], v[:2] = 0, 0
+    return jnp.asarray(m, dtype), jnp.asarray(abs(v), dtype)
+
+
+@pytest.mark.parametrize("name", cases.STORAGES)
+def test_what_was_decoded_encodes_to_the_same_bits(name):
+    """Whatever the dither: so a step that is not taken changes nothing. Shapes and dtypes stay, decoded is float32."""
+    storage, words = cases.STORAGES[name], jax.random.bits(jax.random.key(0), (4, 1000))
+    m, v = moments()
+    rest = storage.encode(m, v, lambda shape, stream: words[stream])
+    dithers = [
+        lambda *_: words[3],
+        lambda *_: jnp.zeros(1000, jnp.uint32),
+        lambda *_: jnp.full(1000, 2**32 - 1, "uint32"),
+    ]
+    decoded = storage.decode(*rest, jnp.float32)
+    assert [(x.shape, x.dtype) for x in decoded] == [((1000,), jnp.float32)] * 2
+    for dither in dithers:
+        again = storage.encode(*decoded, dither)
+        assert jax.tree.structure(again) == jax.tree.structure(rest)
+        for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(rest), strict=True):
+            assert (x.shape, x.dtype) == ((1000,), y.dtype)
+            assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", cases.STORAGES)
+def test_what_was_decoded_is_what_was_encoded(name):
+    """To the precision of the form, by every element, and zero exactly."""
+    storage, (m, v) = cases.STORAGES[name], moments()
+    words = jax.random.bits(jax.random.key(0), (3, 1000))
+    decoded = storage.decode(*storage.encode(m, v, lambda shape, stream: words[stream]), jnp.float32)
+    for x, y, part in zip(decoded, (m, v), ("mu", "nu"), strict=True):
+        held = np.abs(y) <= 65504.0 if getattr(storage, part, None) == "float16" else np.full(1000, True)
+        least = 2.0**-24 if getattr(storage, part, None) == "float16" else 0.0  # float16's smallest number
+        np.testing.assert_allclose(x[held], y[held], rtol=0 if name == "float32" else 2.0**-7, atol=least)
+        np.testing.assert_array_equal(x[np.asarray(y) == 0], 0)
+
+
+def buffers(tree) -> list[int]:
+    """Where the arrays of a state lie; an empty one lies nowhere."""
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if getattr(x, "size", 0)]
+
+
+FRESH = {
+    **PRESETS,
+    **{f"storage {name}": functools.partial(snr_adam.adamw, 0.1, storage=x) for name, x in cases.STORAGES.items()},
+    **{
+        f"injected {name}": functools.partial(optax.inject_hyperparams(preset), 0.1)
+        for name, (preset, _) in cases.PRESETS.items()
+    },
+    "accumulate": lambda: snr_adam.accumulate(snr_adam.adamw(0.1), 2),
+    "guard": lambda: snr_adam.guard(snr_adam.adamw(0.1), 1.0),
+    "observe": lambda: snr_adam.observe(snr_adam.adamw(0.1)),
+    "carry_remainder": lambda: snr_adam.carry_remainder(snr_adam.adamw(0.1)),
+    "all": lambda: snr_adam.carry_remainder(
+        snr_adam.accumulate(snr_adam.guard(snr_adam.observe(snr_adam.adamw(0.1)), 1.0), 2)
+    ),
+}
+
+
+def fresh(name):
+    """An optimizer and its parameters."""
+    return FRESH[name](), cases.tree(dtype=jnp.bfloat16 if name in ("carry_remainder", "all") else jnp.float32)
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_no_two_arrays_of_fresh_states_are_one_buffer(name):
+    """Neither in one state nor in two, nor with the parameters: so any of them may be donated."""
+    tx, params = fresh(name)
+    states = [tx.init(params) for _ in range(2)]
+    where = buffers((params, states))
+    assert len(where) > 4
+    assert len(set(where)) == len(where)
+
+
+DONATED = (
+    "accumulate",
+    "guard",
+    "observe",
+    "carry_remainder",
+    "all",
+    "injected adamw",
+    "injected lion",
+    "storage packed",
+)
+
+
+@pytest.mark.parametrize("name", DONATED)
+def test_two_fresh_states_are_donated_together(name):
+    """Both are used up in one jitted step, which gives both the same."""
+    tx, params = fresh(name)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(one, two):
+        return [tx.update(params, state, params)[1] for state in (one, two)]
+
+    states = [tx.init(params) for _ in range(2)]
+    after = step(*states)
+    assert all(x.is_deleted() for x in jax.tree.leaves(states) if x.size)
+    jax.tree.map(np.testing.assert_array_equal, *after)
+
+
+def test_an_injected_decay_is_not_rounded_to_the_parameters():
+    """In bfloat16 b2 = .999 is 1, and v stands still; also after two states were donated."""
+    tx, w = optax.inject_hyperparams(snr_adam.adamw)(1e-3), jnp.ones(3, jnp.bfloat16)
+    step = jax.jit(lambda *states: [tx.update(w, state, w)[1] for state in states], donate_argnums=(0, 1))
+    for state in step(tx.init(w), tx.init(w)):
+        assert state.hyperparams["b2"] == np.float32(0.999)
+        np.testing.assert_allclose(state.inner_state[0].nu, 0.001, rtol=1e-4)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
 from snr_adam import adam, adamw, guard, scale_by_snr
-from snr_adam.parts import EMA, RMS, Belief, Cast, Shared
+from snr_adam.parts import EMA, RMS, Belief, Cast, Packed, Shared, TrustRatio
 
 
 class Refused(NamedTuple):
@@ -102,6 +102,107 @@ HYPERPARAMETERS = {
     "traced and right, under checkify": (lambda: checked(b2=0.5, learning_rate=0.1), lambda text: text is None),
     "traced, injected": (lambda: checked_injection(-2.0), lambda text: "learning_rate=-2.0: must be" in text),
     "an unknown name to check": (lambda: checked(beta=1.0), kind("beta", "no hyper-parameter", "use one of")),
+}
+
+
+class NoEstimate:
+    """A denominator that lacks a method."""
+
+    def init(self, p): ...
+
+    def at(self, t, dtype): ...
+
+    def update(self, v, g, numbers, center): ...
+
+
+class NoField:
+    """A descent that lacks a field."""
+
+    def update(self, ratio, p, alpha, decay): ...
+
+
+class NoDecay(NoField):
+    """A descent that takes too little."""
+
+    needs_params = False
+
+    def update(self, ratio, p, alpha): ...
+
+
+class NoDecode:
+    """A storage of which nothing comes back."""
+
+    def encode(self, mu, nu, dither): ...
+
+
+class NoDither(NoDecode):
+    """A storage that takes too little."""
+
+    def encode(self, mu, nu): ...
+
+    def decode(self, mu, nu, dtype): ...
+
+
+INSTEAD, NAMES = "give a part such as", "use one of the names ['bfloat16', 'float32', 'packed']"
+PARTS = {
+    "a noise by name": (lambda: scale_by_snr(noise="rms"), kind("noise='rms'", "str, not a noise", INSTEAD)),
+    "no noise": (lambda: scale_by_snr(noise=None), kind("noise=None", "NoneType, not a noise", INSTEAD)),
+    "decays for parts": (
+        lambda: scale_by_snr(0.9, 0.999),
+        kind("signal=0.9", "float, not a signal", "such as EMA(0.9)"),
+    ),
+    "parts exchanged": (
+        lambda: scale_by_snr(RMS(), EMA()),
+        kind("signal=RMS(", "not a signal, whose 'update' takes (state, g, numbers)", "the signal before the noise"),
+    ),
+    "a noise for both": (lambda: scale_by_snr(EMA(), EMA()), kind("noise=EMA(", "not a noise, whose", INSTEAD)),
+    "an optimizer for a signal": (lambda: scale_by_snr(A), kind("signal=Gr", "lacks 'at' and 'estimate'", INSTEAD)),
+    "a class for a signal": (lambda: scale_by_snr(EMA, RMS), kind("signal=", "EMA'> is a class", "write EMA()")),
+    "a class for a noise": (lambda: scale_by_snr(EMA(), RMS), kind("noise=", "RMS'> is a class", "write RMS()")),
+    "a class for a descent": (
+        lambda: snr_adam.descend(0.1, descent=TrustRatio),
+        kind("descent=", "TrustRatio'> is a class", "write TrustRatio()"),
+    ),
+    "a class for a storage": (
+        lambda: scale_by_snr(storage=Packed),
+        number("storage=", "Packed'> is a class", "write Packed()"),
+    ),
+    "a method missing": (
+        lambda: scale_by_snr(noise=NoEstimate()),
+        kind("noise=", "NoEstimate object", "lacks 'estimate', which a noise has"),
+    ),
+    "a field missing": (
+        lambda: snr_adam.descend(0.1, descent=NoField()),
+        kind("descent=", "NoField object", "lacks 'needs_params', which a descent has"),
+    ),
+    "an argument missing": (
+        lambda: snr_adam.descend(0.1, descent=NoDecay()),
+        kind("descent=", "NoDecay object", "whose 'update' takes (ratio, p, alpha, decay)"),
+    ),
+    "a descent by name": (
+        lambda: snr_adam.descend(0.1, descent="plain"),
+        kind("descend: descent='plain'", "str, not a descent", "such as Decoupled()"),
+    ),
+    "a storage with a typo": (lambda: adam(0.1, storage="pack"), number("storage='pack'", "no name", NAMES)),
+    "a part for a storage": (lambda: scale_by_snr(storage=RMS()), number("storage=RMS(", "not a storage", NAMES)),
+    "a storage without decode": (
+        lambda: scale_by_snr(storage=NoDecode()),
+        number("storage=", "lacks 'decode', which a storage has", NAMES),
+    ),
+    "a storage without dither": (
+        lambda: scale_by_snr(storage=NoDither()),
+        number("storage=", "not a storage, whose 'encode' takes (mu, nu, dither)", NAMES),
+    ),
+    "a shared noise by name": (
+        lambda: scale_by_snr(noise=Shared(noise="rms", axes=0)),
+        kind("Shared: noise='rms'", "str, not a noise", "such as RMS(0.999)"),
+    ),
+    "a shared class": (lambda: scale_by_snr(noise=Shared(RMS, 0)), kind("Shared: noise=", "is a class", "write RMS()")),
+    "shared twice": (
+        lambda: scale_by_snr(noise=Shared(Shared(RMS(), 0), 1)),
+        kind("Shared: noise=Shared(", "of type Shared, not a noise", INSTEAD),
+    ),
+    "shared as a signal": (lambda: scale_by_snr(Shared(RMS(), 0)), kind("signal=Shared(", "not a signal", INSTEAD)),
 }
 
 W = {"w": jnp.asarray([1.0, -2.0, 3.0]), "layer": [jnp.zeros(2), jnp.ones((2, 3))]}
@@ -506,6 +607,7 @@ def used_twice():
 
 AREAS: dict[str, dict[str, tuple[Any, Any]]] = {
     "hyper-parameters": HYPERPARAMETERS,
+    "parts": PARTS,
     "trees": TREES,
     "gradient values": VALUES,
     "dtypes": DTYPES,
@@ -528,6 +630,8 @@ def test_row(name):
         run()
     for text in (expected.where, expected.got, expected.do):
         assert text in str(caught.value)
+    if name.startswith("parts: "):
+        assert ". " not in str(caught.value), "one sentence"
 
 
 def test_the_table_is_long():

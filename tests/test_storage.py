@@ -98,7 +98,9 @@ def test_error_from_a_settled_state_at_a_long_memory():
     def errors():
         def start(tx, storage):
             zero = jnp.zeros(1024)
-            mu, nu = snr_adam.storage.resolve(storage).encode(zero, zero + 1.0, lambda *_: jnp.zeros(1024, jnp.uint32))
+            form = snr_adam.storage.resolve(storage)
+            mu, nu = form.encode(zero, zero + 1.0, lambda *_: jnp.zeros(1024, jnp.uint32))
+            nu = snr_adam.storage.mark(form, nu)
             return tx.init(zero)._replace(count=jnp.int32(1_000_000), mu=mu, nu=nu)
 
         def step(states, t):
@@ -352,8 +354,11 @@ def test_complex_moments():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: snr_adam.adam(0.01, storage="pack"), r"storage='pack': use one of the names \['bfloat16', 'float32'"),
-        (lambda: snr_adam.adam(0.01, storage=None), "storage=None: use one of the names"),
+        (
+            lambda: snr_adam.adam(0.01, storage="pack"),
+            r"storage='pack' is no name of a storage: use one of the names \['bfloat16'",
+        ),
+        (lambda: snr_adam.adam(0.01, storage=None), "storage=None is of type NoneType, not a storage: use one"),
         (lambda: snr_adam.parts.Cast(nu="int8"), "a moment needs a floating dtype"),
         (lambda: snr_adam.adam(0.01, storage="packed", mu_dtype="bfloat16"), "both say how the signal rests"),
     ],

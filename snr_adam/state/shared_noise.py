@@ -26,6 +26,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam.shared import Shared, SharedNoise
+from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
 
 
@@ -179,6 +180,11 @@ def _only(state) -> ScaleBySnrState:
 def _second_moments(state: ScaleBySnrState):
     if isinstance(state.nu, SharedNoise):
         raise ValueError("the noise of this state is shared already")
+    if isinstance(state.nu, InOwnForm):
+        raise ValueError(
+            "the moments of this state rest in the form of a storage that this package does not know (its nu is "
+            "InOwnForm), so that no noise can be found in it: use storage 'float32' or 'bfloat16'"
+        )
     if isinstance(state.nu, tuple) and (state.nu == () or hasattr(state.nu, "_fields")):
         raise ValueError(
             "sharing needs a noise that keeps one array per parameter, apart from the signal: this state's nu is "

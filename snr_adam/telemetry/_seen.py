@@ -211,7 +211,7 @@ class Shown:
         def of(seen, leaf, p):
             g, (m, v) = seen.gradient(), seen.after()
             hits = counted = jnp.zeros((), jnp.float32)
-            if v is not None and seen.second:
+            if v is not None and seen.first and seen.second:
                 shape = [1] * g.ndim
                 if leaf.axis is not None:
                     shape[leaf.axis] = -1
