@@ -1,8 +1,8 @@
 """Compiles optimizer steps for a device that need not be there, and answers what XLA made of them.
 
-python benchmarks/compile_for.py TARGET        answers lines of stdin, see `Compiler.answer`; runs nothing
+python benchmarks/compile_for.py TARGET        answers lines of stdin, see `answer`; runs nothing
 
-It is started by `compiled.py`, in an environment that has the compiler for TARGET.
+It is started by `compiled.py`, in an environment that has the compiler for TARGET and its like.
 """
 
 import json
@@ -38,61 +38,63 @@ def devices(target: str, number: int) -> list:
     return list(topology.devices[:number])
 
 
-class Compiler:
-    """The compiler for one target."""
+def answer(question: str) -> dict:
+    """What there is to know of a compiled step; of the question "versions", what it is compiled with.
 
-    def __init__(self, target: str):
-        self.target = target
-        first = {"tree": "1024", "dtype": "float32", "step": "adamw(1e-3)", "mesh": 1, "passes": 1, "keep": None}
-        self.answer(json.dumps(first))  # an error now if there is no such compiler; and the first takes longer
+    question: JSON with `target`, `tree`, `dtype`, the step as an expression, `apply` (what adds its updates), `mesh`
+    (devices over which every parameter is split along the first axis that they divide; 1: one device), `again` (what
+    the step's definition reads twice: p, g, s for parameters, gradients, state) and `keep`, a file for the compiled
+    text or None.
+    """
+    if question == "versions":
+        return {d.name: d.version for d in distributions() if re.match("jax|libtpu|optax|nvidia", d.name)}
+    ask = json.loads(question)
+    shapes, number = tree_shapes(ask["tree"]), ask["mesh"]
+    mesh = jax.sharding.Mesh(devices(ask["target"], number), ("data",))
+    split = set(shapes) if number > 1 else set()
 
-    def answer(self, question: str) -> dict:
-        """What there is to know of a compiled step; of the question "versions", what it is compiled with.
+    def placed(x):
+        axis = next((i for i, n in enumerate(x.shape) if x.shape in split and n % number == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, "data")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-        question: JSON with `tree`, `dtype`, the step as an expression, `mesh` (devices over which every parameter is
-        split along its first axis; 1: one device), `passes` (how often the step's definition reads the gradient) and
-        `keep`, a file for the compiled text or None.
-        """
-        if question == "versions":
-            return {d.name: d.version for d in distributions() if re.match("jax|libtpu|optax|nvidia", d.name)}
-        ask = json.loads(question)
-        shapes, number = tree_shapes(ask["tree"]), ask["mesh"]
-        mesh = jax.sharding.Mesh(devices(self.target, number), ("data",))
-        split = {shape for shape in shapes if number > 1 and shape[0] % number == 0}
+    tx, apply = eval(ask["step"], NAMES), eval(ask["apply"], NAMES)
+    params = [placed(jax.ShapeDtypeStruct(shape, ask["dtype"])) for shape in shapes]
+    state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
 
-        def placed(x):
-            spec = PartitionSpec("data") if x.shape in split else PartitionSpec()
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return apply(params, state if apply is snr_adam.accumulation.apply_accumulated else updates), state
 
-        tx = eval(ask["step"], NAMES)
-        params = [placed(jax.ShapeDtypeStruct(shape, ask["dtype"])) for shape in shapes]
-        state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    if ask["keep"]:
+        Path(ask["keep"]).write_text(text)
+    program, size = Program(text), sum(map(math.prod, shapes)) / number
+    bytes_ = {"p": nbytes(params), "g": nbytes(params), "s": nbytes(state)}
+    least = 2 * (bytes_["p"] + bytes_["s"]) + bytes_["g"] + sum(bytes_[letter] for letter in ask["again"])
+    row = {
+        "kernels": program.kernels,
+        "conditionals": program.conditionals,
+        "copied": program.copied,
+        "temporary": compiled.memory_analysis().temp_size_in_bytes / size,
+        "waiting": program.held(DEVICE) / size,
+        "on_chip": program.held(VECTOR) / size,
+        "moved": program.moved / size,
+        "least": least / number / size,
+        "compile_s": seconds,
+    }
+    return row | ({"collectives": program.collectives} if number > 1 else {})
 
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
 
-        jax.clear_caches()
-        start = time.perf_counter()
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-        seconds = time.perf_counter() - start
-        text = compiled.as_text()
-        if ask["keep"]:
-            Path(ask["keep"]).write_text(text)
-        program, size = Program(text), sum(map(math.prod, shapes)) / number
-        least = ((2 + ask["passes"]) * nbytes(params) + 2 * nbytes(state)) / number
-        row = {
-            "kernels": program.kernels,
-            "conditionals": program.conditionals,
-            "copied": program.copied,
-            "temporary": compiled.memory_analysis().temp_size_in_bytes / size,
-            "waiting": program.held(DEVICE) / size,
-            "on_chip": program.held(VECTOR) / size,
-            "moved": program.moved / size,
-            "least": least / size,
-            "compile_s": seconds,
-        }
-        return row | ({"collectives": program.collectives} if number > 1 else {})
+def ready(target: str):
+    """`answer`, once it has compiled something: the first takes longer, or says that there is no such compiler."""
+    first = {"tree": "1024", "dtype": "float32", "step": "adamw(1e-3)", "apply": "optax.apply_updates"}
+    answer(json.dumps(first | {"target": target, "mesh": 1, "again": "", "keep": None}))
+    return answer
 
 
 def nbytes(tree) -> int:
@@ -103,7 +105,7 @@ def main() -> None:
     answers = os.dup(1)  # compilers print to stdout
     os.dup2(2, 1)
     sys.stdout = os.fdopen(answers, "w")
-    serve(lambda: Compiler(sys.argv[1]).answer)
+    serve(lambda: ready(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -59,35 +59,43 @@ TARGETS = {"h100": Target("cuda", 3.35e12), "v5e": Target("tpu", 0.82e12), "v6e"
 
 
 class Step(NamedTuple):
-    """An optimizer as an expression, the name of the same one unwatched, and how often it has to read the gradient."""
+    """An optimizer as an expression, and the name of the same one unwatched.
+
+    again: what its definition reads twice, g (gradients), p (parameters) or s (state). apply: what adds its updates.
+    """
 
     expression: str
     base: str
-    passes: int = 1
+    again: str = ""
+    apply: str = "optax.apply_updates"
 
 
 def _steps() -> dict[str, Step]:
     chain = "optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 10)"
-    steps = {"optax.adamw": Step("optax.adamw(1e-3)", "optax.adamw"), "optax chain": Step(chain, "optax chain", 2)}
+    steps = {"optax.adamw": Step("optax.adamw(1e-3)", "optax.adamw"), "optax chain": Step(chain, "optax chain", "g")}
     steps["observe(optax.adamw)"] = Step("observe(optax.adamw(1e-3))", "optax.adamw")
     for storage in ("", " bfloat16", " packed"):
         keeps = f", storage={storage.strip()!r}" if storage else ""
         adamw, clip, name = f"adamw(1e-3{keeps})", "clip_norm=1.0", f"adamw{storage}"
         steps |= {
             name: Step(adamw, name),
-            f"guard({name})": Step(f"guard({adamw}, {clip})", f"guard({name})", 2),
+            f"guard({name})": Step(f"guard({adamw}, {clip})", f"guard({name})", "g"),
             f"observe({name})": Step(f"observe({adamw})", name),
-            f"observe(guard({name}))": Step(f"observe(guard({adamw}, {clip}))", f"guard({name})", 2),
-            f"guard(observe({name}))": Step(f"guard(observe({adamw}), {clip})", f"guard({name})", 2),
+            f"observe(guard({name}))": Step(f"observe(guard({adamw}, {clip}))", f"guard({name})", "g"),
+            f"guard(observe({name}))": Step(f"guard(observe({adamw}), {clip})", f"guard({name})", "g"),
         }
     return steps
 
 
 MAIN = _steps()
 OTHERS = {preset: Step(f"{preset}(1e-3)", preset) for preset in PRESETS if preset != "adamw"} | {
+    "lamb": Step("lamb(1e-3)", "lamb", "ps"),  # the norm of the update comes before the update
     "carry_remainder 16": Step("carry_remainder(adamw(1e-3, storage='packed'), '16')", "carry_remainder 16"),
     "carry_remainder 8": Step("carry_remainder(adamw(1e-3, storage='packed'), '8')", "carry_remainder 8"),
-    "accumulate 4": Step("accumulate(adamw(1e-3), 4)", "accumulate 4"),
+    "accumulate": Step("accumulate(adamw(1e-3), 4)", "accumulate"),
+    "apply_accumulated": Step(
+        "accumulate(adamw(1e-3), 4)", "apply_accumulated", "", "snr_adam.accumulation.apply_accumulated"
+    ),
 }
 STEPS = MAIN | OTHERS
 
@@ -100,7 +108,8 @@ class Row(NamedTuple):
 
 def table() -> list[Row]:
     """All rows of one target."""
-    rows = [Row(ONE, dtype, step) for dtype in DTYPES for step in STEPS]
+    rows = [Row(ONE, dtype, step) for dtype in DTYPES for step in STEPS if step.split()[0] != "carry_remainder"]
+    rows += [Row(ONE, "bfloat16", step) for step in STEPS if step.split()[0] == "carry_remainder"]
     return rows + [Row(GPT2, dtype, step) for dtype in DTYPES for step in MAIN]
 
 
@@ -131,17 +140,20 @@ def environment(group: str) -> Path:
 
 
 class Compilers:
-    """A process that compiles for each target, started when it is first asked. They take turns: one row at a time."""
+    """A process for each environment, started when it is first asked. They take turns: one row at a time."""
 
     def __init__(self, keep: Path | None = None):
-        self.keep, self.workers = keep, {}
+        self.keep = keep
+        self.workers: dict[str, Worker] = {}
 
     def worker(self, target: str) -> Worker:
-        if target not in self.workers:
-            group = TARGETS[target].group
+        group = TARGETS[target].group
+        if group not in self.workers:
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            env = os.environ | {"PYTHONPATH": path, "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-            env |= {"JAX_PLATFORMS": "cpu" if group == "tpu" else "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+            env = os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            env |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+            env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # as long as there is no TPU
+            env |= {"JAX_PLATFORMS": "cpu" if group == "tpu" else ""}
             env["XLA_FLAGS"] = "--xla_gpu_autotune_level=0" if group == "cuda" else ""  # there is nothing to time on
             python = environment(group)
             worker = Worker([HERE / "compile_for.py", target], python, env=env, stderr=subprocess.DEVNULL)
@@ -149,15 +161,16 @@ class Compilers:
             if "error" in ready:
                 worker.close()
                 raise Unavailable(f"the environment {group!r} does not compile for {target}: {ready['error']}")
-            self.workers[target] = worker
-        return self.workers[target]
+            self.workers[group] = worker
+        return self.workers[group]
 
     def ask(self, target: str, tree: str, dtype: str, step: Step, mesh: int = 1) -> dict:
-        """What `compile_for.Compiler.answer` says."""
+        """What `compile_for.answer` says."""
         name = "".join(c if c.isalnum() else "_" for c in f"{target} {tree} {dtype} {mesh} {step.expression}")[:120]
         keep = self.keep and str(self.keep.resolve() / f"{name}.txt")
-        question = {"tree": tree, "dtype": dtype, "step": step.expression, "passes": step.passes, "mesh": mesh}
-        return self.worker(target).ask(json.dumps(question | {"keep": keep}))
+        question = {"target": target, "tree": tree, "dtype": dtype, "step": step.expression, "mesh": mesh}
+        question |= {"again": step.again, "apply": step.apply, "keep": keep}
+        return self.worker(target).ask(json.dumps(question))
 
     def __enter__(self):
         return self
