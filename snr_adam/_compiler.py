@@ -69,6 +69,16 @@ def after(x: jax.Array, zero: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, word) | zero.astype(word), x.dtype)
 
 
+def apart(x: jax.Array) -> jax.Array:
+    """x, in a kernel that makes nothing else.
+
+    Whether another package's step was taken is seen from its count. XLA for GPU takes that comparison into the kernel
+    that makes the scalars of the update, and then the look and the update of a large leaf do not become one kernel: m
+    and g are read twice, 36 bytes for 28.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 def one_by_one(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same two, in a way that ties `one` to x: for a loop over leaves that each use a shared scalar.
 
