@@ -223,7 +223,7 @@ def observe(
         return Shown(observed, [seen(leaf) for leaf in observed], [ps[i] for i in those], [us[i] for i in those])
 
     def update(updates, state, params=None, *, look: Look | None = None, **extra_args):
-        own = Look()
+        own, gate = Look(), extra_args.get("gate")
         out, inner = tx.update(updates, state.inner, params, look=own, **extra_args)
         if look is not None:
             look.seen.update(own.seen)
@@ -275,8 +275,11 @@ def observe(
 
         def tied(x, p, u):
             """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
-            narrow = p is not None and u is not None and jnp.result_type(p).itemsize < 4
-            return _compiler.after(x, _compiler.not_yet(t) & word_of(optax.apply_updates(p, u))) if narrow else x
+            if p is None or u is None or jnp.result_type(p).itemsize >= 4:
+                return x
+            if gate is not None:  # a guard around this observe will do so
+                u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
+            return _compiler.after(x, _compiler.not_yet(t) & word_of(optax.apply_updates(p, u)))
 
         def inside(take=sums.one_by_one, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
