@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PRESETS = [
+    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
+    *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
+]
 
 
 def machine() -> dict:
@@ -55,9 +59,9 @@ def markdown(rows: Iterable[dict], columns: dict[str, str]) -> str:
 class Worker:
     """A contender's process, seen from the parent. Its first answer is {}, or {"error": why} if it cannot run."""
 
-    def __init__(self, arguments: Sequence[str]):
+    def __init__(self, arguments: Sequence[str], python: str | Path = sys.executable, **how):
         self._process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **how
         )
 
     def answer(self) -> Any:

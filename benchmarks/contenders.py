@@ -12,17 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import serve
+from common import PRESETS, serve
 from kernels import launches
 from trees import tree_shapes
 
 import snr_adam
 
 HYPER = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01}
-PRESETS = [
-    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
-    *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
-]
 
 
 def adamw(storage: str):

@@ -22,8 +22,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from common import RESULTS, Worker, markdown, save, take_turns
-from contenders import PRESETS
+from common import PRESETS, RESULTS, Worker, markdown, save, take_turns
 from trees import tree_shapes
 
 CONTENDERS = str(Path(__file__).parent / "contenders.py")

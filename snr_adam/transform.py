@@ -17,7 +17,7 @@ from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._bits import random_bits, seeds_at
 from snr_adam._checks import check_arguments, check_part
-from snr_adam._compiler import unseen_zero
+from snr_adam._compiler import unseen_zero, with_moments
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
 from snr_adam.descent import Decoupled, Descent, decays
@@ -196,6 +196,8 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
             if look is not None:
                 look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay))
             u = ratio.value if alpha is None else rule.descent.update(ratio, p, alpha, decay)
+            if rule.divides_first and g.dtype.itemsize < 4:
+                u = with_moments(u, new.nu, t)
             return u.astype(g.dtype), new
 
         each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, strict=True)

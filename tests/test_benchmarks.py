@@ -113,3 +113,48 @@ def test_without_a_gpu_the_gpu_benchmark_says_so():
     done = run("gpu.py")
     assert done.returncode == 1
     assert "JAX sees no GPU" in done.stderr
+
+
+COMPILED = """HloModule step, is_scheduled=true
+
+%fused (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  ROOT %b = f32[8,128]{1,0} negate(%a)
+}
+
+%much (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %f = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%fused
+}
+
+%little (q: f32[8,128]) -> f32[8,128] {
+  ROOT %q = f32[8,128]{1,0} parameter(0)
+}
+
+ENTRY %main (x: f32[8,128], y: bf16[8,128], s: s32[]) -> (f32[8,128], f32[8,128]) {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %y = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %s = s32[] parameter(2)
+  %copy-start = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0}, u32[]{:S(2)}) copy-start(%y)
+  %copy-done = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %two = (f32[8,128]{1,0}, (f32[8]{0}, f32[]{:S(6)})) fusion(%x, /*index=1*/%copy-done), kind=kLoop, calls=%fused
+  %one = f32[8,128]{1,0} get-tuple-element(%two), index=0
+  %sums = (f32[8]{0}, f32[]{:S(6)}) get-tuple-element(%two), index=1
+  %row = f32[8]{0} get-tuple-element(%sums), index=0
+  %all-reduce = f32[8]{0} all-reduce(%row), replica_groups={}, to_apply=%fused
+  %cond = f32[8,128]{1,0} conditional(%s, %x, %x), branch_computations={%little, %much}
+  ROOT %out = (f32[8,128]{1,0}, f32[8,128]{1,0}) tuple(%one, %cond)
+}
+"""
+
+
+def test_a_program_moves_what_its_operations_read_and_write(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    program = importlib.import_module("program").Program(COMPILED)
+    array = 8 * 128 * 4
+    copied_to_the_chip, fusion, reduced, branch = array / 2, 2 * array + 32, 64, 2 * array
+    assert program.moved == copied_to_the_chip + fusion + reduced + branch
+    assert (program.kernels, program.conditionals, program.copied) == (2, 1, 0)
+    assert program.collectives == {"all-reduce": 1}
+    assert program.held(1) == array / 2
+    assert program.held(0) == 32  # the row of sums, and in its place the reduced one

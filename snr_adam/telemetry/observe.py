@@ -54,7 +54,6 @@ import numpy as np
 import optax
 
 from snr_adam import _compiler, _tree
-from snr_adam._bits import word_of
 from snr_adam._look import Look
 from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
@@ -216,14 +215,14 @@ def observe(
             kinds = found.constants if found else as_computed(from_outside(leaves, outer)[i], old)
             counts = [getattr(moments.owner, "count", None) for moments in (old, new)]
             counted = all(getattr(count, "shape", None) == () for count in counts)
-            t, ok = (counts[1], counts[1] != counts[0]) if counted else (state.count + 1, True)
+            t, ok = (counts[1], _compiler.apart(counts[1] != counts[0])) if counted else (state.count + 1, True)
             return Outside(leaves[i], old, new, kinds, us[i], t, ok)
 
         those = [leaf.number for leaf in observed]
         return Shown(observed, [seen(leaf) for leaf in observed], [ps[i] for i in those], [us[i] for i in those])
 
     def update(updates, state, params=None, *, look: Look | None = None, **extra_args):
-        own = Look()
+        own, gate = Look(), extra_args.get("gate")
         out, inner = tx.update(updates, state.inner, params, look=own, **extra_args)
         if look is not None:
             look.seen.update(own.seen)
@@ -270,13 +269,13 @@ def observe(
             new = averages.stack(step.remember(Memory(*old.memory)))
             return keep(new, old.memory, step.ok)
 
-        def _no_details(last, seen, memory):
-            return last, old.detailed
-
         def tied(x, p, u):
             """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
-            narrow = p is not None and u is not None and jnp.result_type(p).itemsize < 4
-            return _compiler.after(x, _compiler.not_yet(t) & word_of(optax.apply_updates(p, u))) if narrow else x
+            if p is None or u is None or jnp.result_type(p).itemsize >= 4:
+                return x
+            if gate is not None:  # a guard around this observe will do so
+                u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
+            return _compiler.beside(x, optax.apply_updates(p, u), t)
 
         def inside(take=sums.one_by_one, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
@@ -284,7 +283,7 @@ def observe(
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
-            new = after(power, product, memory.first, second, memory, _no_details)
+            new = after(power, product, memory.first, second, memory, lambda last, *_: (last, old.detailed))
             new = keep(new, old, due & step.ok)
             return new._replace(memory=keep(averages.stack(memory), old.memory, step.ok)), jnp.uint32(0)
 
