@@ -111,6 +111,7 @@ def adam(
       ValueError: for an unknown storage, or if gradients, state and parameters do not belong together.
       TypeError: for parameters that are neither floating nor complex.
 
+    >>> import jax.numpy as jnp
     >>> tx = adam(learning_rate=0.125)
     >>> w = jnp.array([1.0, -2.0])
     >>> updates, state = tx.update(2 * w, tx.init(w), w)

@@ -38,6 +38,7 @@ def microbatches(loss, size: int, *, at_once: int | None = 1):
       A function (params, *batch) -> ((value, `Groups`), gradient), like `jax.value_and_grad(..., has_aux=True)`. Value
       and gradient are those of the whole batch. It may be jitted, scanned and sharded.
 
+    >>> from snr_adam.telemetry.noise_scale import from_groups
     >>> def loss(w, x):
     ...     return jnp.mean((w - x) ** 2) / 2
     >>> (value, groups), grad = microbatches(loss, 1)(0.0, jnp.array([1.0, 2.0, 3.0, 4.0]))
