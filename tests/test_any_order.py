@@ -143,25 +143,25 @@ def inside(names):
 UNEQUAL = [("apply_if_finite", "carry_remainder")]
 
 
-def check(names):
+def check(names, storages):
     if names in UNEQUAL:
         with pytest.raises(TypeError, match="dtypes do not match"):
             run({"ours": product(names, ours("float32"))}, names)
         return
     if expects_refusal(names):
-        for storage in STORAGES:
+        for storage in storages:
             assert "observe what sees whole batches instead: " in (refused(names, ours(storage)) or "")
         return
-    txs = {storage: product(names, ours(storage)) for storage in STORAGES}
+    txs = {storage: product(names, ours(storage)) for storage in storages}
     twin = tuple(name for name in names if name != "observe")  # around a clip of Optax's own optimizer it is refused
     txs["optax"] = product(twin, optaxs)
     if "observe" in names:
-        txs |= {f"inside {storage}": product(inside(names), ours(storage)) for storage in STORAGES}
+        txs |= {f"inside {storage}": product(inside(names), ours(storage)) for storage in storages}
     end = run(txs, names)
     moved = jax.tree.map(
         lambda x, y: np.abs(np.asarray(x, float) - np.asarray(y, float)).max(), params(names), end["optax"][0]
     )
-    for storage in STORAGES:
+    for storage in storages:
         for key, p in end[storage][0].items():
             assert moved[key] > 0.005, "nothing moved, so nothing was compared"
             near = 2e-5 if storage == "float32" else 0.08
@@ -173,7 +173,7 @@ def check(names):
                 atol=near * moved[key] + grain / 2,
             )
     if "observe" in names:
-        for storage in STORAGES:
+        for storage in storages:
             got, want = (snr_adam.report(end[key][1], 8) for key in (storage, f"inside {storage}"))
             assert got.names == want.names
             for key, column in want.columns.items():
@@ -183,14 +183,30 @@ def check(names):
                 np.testing.assert_allclose(got.columns[key], column, rtol=near, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("names", list(itertools.permutations(WRAPPERS, 2)), ids=" of ".join)
+PAIRS = list(itertools.permutations(WRAPPERS, 2))
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=" of ".join)
 def test_pair(names):
-    check(names)
+    """In float32 and one narrow storage, by turns."""
+    check(names, ("float32", STORAGES[1 + PAIRS.index(names) % 2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", PAIRS, ids=" of ".join)
+def test_pair_in_every_storage(names):
+    check(names, STORAGES)
 
 
 @pytest.mark.parametrize("names", TRIPLES, ids=" of ".join)
 def test_triple(names):
-    check(names)
+    check(names, ("float32", "packed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", TRIPLES, ids=" of ".join)
+def test_triple_in_every_storage(names):
+    check(names, STORAGES)
 
 
 def test_a_refusal_names_the_order_to_use():

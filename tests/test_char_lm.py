@@ -25,6 +25,7 @@ def small(char_lm):
     return char_lm.Size(width=32, context=32, batch=8, held_out=256)
 
 
+@pytest.mark.slow
 def test_a_short_table(char_lm, small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(char_lm, "SEEDS", SEEDS)
     monkeypatch.setattr(char_lm, "VARIANTS", VARIANTS)

@@ -36,6 +36,7 @@ def test_note_run_in_short(tmp_path, monkeypatch, capsys):
     assert "| 16 | `torch.optim.Adam`, eager | not measured |" in said
 
 
+@pytest.mark.slow
 def test_quality_in_short(tmp_path, monkeypatch, capsys):
     """Cheaper memory changes the loss by less than seeds do; the interval is that of a paired t-test."""
     monkeypatch.setattr(quality, "VARIANTS", (quality.BASE, "shared", "carried"))

@@ -307,7 +307,7 @@ def test_the_snr_is_right_for_every_momentum(kind, decays, snr):
     _assert_right(KINDS[kind](*decays), snr, runs=200, slack=0)
 
 
-@pytest.mark.parametrize("decays", DECAYS)
+@pytest.mark.parametrize("decays", [DECAYS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in DECAYS[1:])])
 def test_five_percent_of_noise_is_significant(decays):
     found = [total["significant"] for total in _reports(KINDS["adam"](*decays), 0.0, runs=60)]
     assert abs(np.mean(found) - 0.05) < 0.007
