@@ -338,7 +338,7 @@ def brief(layout, axis):
     return pytest.param(layout, axis, marks=() if axis == "auto" and layout in BRIEFLY else pytest.mark.slow)
 
 
-BRIEFLY = [*LAYOUTS][:1] + ["ZeRO-1"]
+BRIEFLY = (next(iter(LAYOUTS)), "ZeRO-1")
 
 
 @pytest.mark.parametrize(("layout", "axis"), [brief(layout, axis) for layout in LAYOUTS for axis in AXES])
