@@ -169,14 +169,14 @@ class Compilers:
             self.workers[group] = worker
         return self.workers[group]
 
-    def ask(self, target: str, tree: str, dtype: str, step: Step, mesh: int = 1) -> dict:
+    def ask(self, target: str, tree: str, dtype: str, step: Step, mesh: int = 1, without: tuple[str, ...] = ()) -> dict:
         """What `compile_for.answer` says."""
         name = "".join(
             c if c.isalnum() else "_" for c in f"{target} {tree} {dtype} {mesh} {step.expression} {step.apply[-12:]}"
         )
         keep = self.keep and str(self.keep.resolve() / f"{name}.txt")
         question = {"target": target, "tree": tree, "dtype": dtype, "step": step.expression, "mesh": mesh}
-        question |= {"again": step.again, "apply": step.apply, "keep": keep}
+        question |= {"again": step.again, "apply": step.apply, "without": without, "keep": keep}
         return self.worker(target).ask(json.dumps(question))
 
     def __enter__(self):

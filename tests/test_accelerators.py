@@ -35,20 +35,20 @@ dtypes = pytest.mark.parametrize("dtype", compiled.DTYPES)
 
 @pytest.fixture(scope="module")
 def found():
-    """found(target, tree, dtype, step, mesh=1): what XLA makes of a step; each is compiled once."""
+    """found(target, tree, dtype, step, mesh=1, without=()): what XLA makes of a step; each is compiled once."""
     with compiled.Compilers() as compilers:
 
         @functools.cache
-        def ask(target, tree, dtype, step, mesh=1):
+        def ask(target, tree, dtype, step, mesh=1, without=()):
             try:
-                row = compilers.ask(target, tree, dtype, compiled.STEPS[step], mesh)
+                row = compilers.ask(target, tree, dtype, compiled.STEPS[step], mesh, without)
             except compiled.Unavailable as reason:
                 return str(reason)
             assert "error" not in row, row
             return row
 
-        def found(*what, **mesh):
-            row = ask(*what, **mesh)
+        def found(*what, **how):
+            row = ask(*what, **how)
             return row if isinstance(row, dict) else pytest.skip(row)
 
         yield found
@@ -138,3 +138,18 @@ def test_a_look_on_a_mesh_is_one_message(found, target, base):
     assert messages == before + 1
     assert look["moved"] <= plain["moved"] + 0.2  # a small tree, of which a TPU keeps more or less on its chip
     assert look["waiting"] <= plain["waiting"] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "step", "trick", "more"),
+    [
+        ("h100", "float32", "observe(optax.adamw)", "apart", 8),  # m and g once more
+        ("v5e", "bfloat16", "adopt", "beside", 6),  # v and g
+        ("v5e", "bfloat16", "observe(adamw)", "beside", 6),  # m and g
+    ],
+    ids=lambda x: {"h100": "cuda-h100", "v5e": "tpu-v5e"}.get(x, str(x)),
+)
+def test_what_xla_does_without_a_trick(found, target, dtype, step, trick, more):
+    """Each trick of `snr_adam._compiler` that serves an accelerator is needed there."""
+    row, bare = (found(target, ONE, dtype, step, without=left) for left in ((), (trick,)))
+    assert bare["moved"] == pytest.approx(row["moved"] + more, abs=0.1)
