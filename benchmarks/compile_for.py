@@ -5,6 +5,7 @@ python benchmarks/compile_for.py TARGET        answers lines of stdin, see `answ
 It is started by `compiled.py`, in an environment that has the compiler for TARGET and its like.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -43,8 +44,8 @@ def answer(question: str) -> dict:
 
     question: JSON with `target`, `tree`, `dtype`, the step as an expression, `apply` (what adds its updates), `mesh`
     (devices over which every parameter is split along the first axis that they divide; 1: one device), `again` (what
-    the step's definition reads twice: p, g, s for parameters, gradients, state) and `keep`, a file for the compiled
-    text or None.
+    the step's definition reads twice: p, g, s for parameters, gradients, state), `without` (the names of tricks of
+    `snr_adam._compiler` that are left out) and `keep`, a file for the compiled text or None.
     """
     if question == "versions":
         return {d.name: d.version for d in distributions() if re.match("jax|libtpu|optax|nvidia", d.name)}
@@ -68,7 +69,8 @@ def answer(question: str) -> dict:
 
     jax.clear_caches()
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    with left_out(ask["without"]):
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     if ask["keep"]:
@@ -90,10 +92,23 @@ def answer(question: str) -> dict:
     return row | ({"collectives": program.collectives} if number > 1 else {})
 
 
+@contextlib.contextmanager
+def left_out(tricks: list[str]):
+    """Lets functions of `snr_adam._compiler` return their first argument as it is."""
+    kept = {name: getattr(snr_adam._compiler, name) for name in tricks}
+    for name in tricks:
+        setattr(snr_adam._compiler, name, lambda x, *_: x)
+    try:
+        yield
+    finally:
+        for name, trick in kept.items():
+            setattr(snr_adam._compiler, name, trick)
+
+
 def ready(target: str):
     """`answer`, once it has compiled something: the first takes longer, or says that there is no such compiler."""
     first = {"tree": "1024", "dtype": "float32", "step": "adamw(1e-3)", "apply": "optax.apply_updates"}
-    answer(json.dumps(first | {"target": target, "mesh": 1, "again": "", "keep": None}))
+    answer(json.dumps(first | {"target": target, "mesh": 1, "again": "", "without": [], "keep": None}))
     return answer
 
 

@@ -9,12 +9,17 @@ anew replace those that were there. Needs Python and uv: compilers come from the
 `cuda` (the CUDA plugin and nvcc), into .venv-tpu and .venv-cuda beside the package, 0.9 GB and 1.6 GB. Where
 SNR_ADAM_ENVIRONMENTS names a folder with environments `tpu` and `cuda`, these are taken as they are.
 
-Per row, with bytes per parameter: `kernels` and `conditionals`; `temporary` by XLA's count, which on TPU is the scratch
-of its runtime as well; by the text, `waiting` between kernels in the device's memory, and `on_chip` about the most that
-waits in a TPU's on-chip memory, which is not in `temporary`; `moved` to and from the device's memory (`program.py`),
-`least` that the step's definition needs (parameters and state read and written, the gradient read, twice where a
-norm of it comes first); seconds to trace, lower and compile, and as a multiple of the step that is not watched;
-`computed_ms`, the bytes moved over the memory's bandwidth: computed, not run.
+Per row, with bytes per parameter:
+
+    kernels, conditionals
+    temporary      by XLA's count, on TPU with 16 KiB for every scalar and every tuple
+    waiting        arrays between kernels in the device's memory, by the text
+    on_chip        about the most that is in a TPU's on-chip memory between kernels; it is no part of `temporary`
+    moved          to and from the device's memory (`program.py`)
+    least          what the step's definition needs: parameters and state read and written, the gradient read; once
+                   more what is read before a norm of it is known
+    compile_s      seconds to trace, lower and compile; `times` those of the step that is not watched
+    computed_ms    the bytes moved over the memory's bandwidth: computed, not run
 """
 
 import argparse
@@ -160,16 +165,18 @@ class Compilers:
             ready = worker.answer()
             if "error" in ready:
                 worker.close()
-                raise Unavailable(f"the environment {group!r} does not compile for {target}: {ready['error']}")
+                raise RuntimeError(f"the environment {group!r} does not compile for {target}: {ready['error']}")
             self.workers[group] = worker
         return self.workers[group]
 
-    def ask(self, target: str, tree: str, dtype: str, step: Step, mesh: int = 1) -> dict:
+    def ask(self, target: str, tree: str, dtype: str, step: Step, mesh: int = 1, without: tuple[str, ...] = ()) -> dict:
         """What `compile_for.answer` says."""
-        name = "".join(c if c.isalnum() else "_" for c in f"{target} {tree} {dtype} {mesh} {step.expression}")[:120]
+        name = "".join(
+            c if c.isalnum() else "_" for c in f"{target} {tree} {dtype} {mesh} {step.expression} {step.apply[-12:]}"
+        )
         keep = self.keep and str(self.keep.resolve() / f"{name}.txt")
         question = {"target": target, "tree": tree, "dtype": dtype, "step": step.expression, "mesh": mesh}
-        question |= {"again": step.again, "apply": step.apply, "keep": keep}
+        question |= {"again": step.again, "apply": step.apply, "without": without, "keep": keep}
         return self.worker(target).ask(json.dumps(question))
 
     def __enter__(self):

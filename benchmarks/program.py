@@ -7,7 +7,8 @@
     conditionals  wherever they are, branches and loops included
     copied        copies of arrays of 64 KiB or more from the device's memory to itself
     collectives   operations that talk to other devices, by name
-    held(space)   about the most bytes of intermediate arrays in a memory space at a time, beside what a kernel uses
+    held(space)   about the most bytes of intermediate arrays in a memory space at a time, beside what a kernel uses;
+                  XLA's own count of temporaries on TPU is 16 KiB for every scalar and every tuple besides
 
 An array is in the device's memory unless its layout names another space: on TPU `S(1)` is on-chip vector memory and
 `S(6)` scalar memory. A copy into on-chip memory therefore counts once, as a read; the compiler's own "bytes accessed"

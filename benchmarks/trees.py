@@ -34,6 +34,7 @@ def llama() -> list[tuple[int, ...]]:
 
 
 MODELS = {
+    "blocks": lambda: gpt2()[1:27],
     "resnet50": resnet50,
     "gpt2": gpt2,
     "llama": llama,
