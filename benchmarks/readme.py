@@ -158,8 +158,8 @@ def observe_table() -> str:
     lines += [
         "",
         "Time of a step over that of the same AdamW unwatched, means over "
-        f"{row['rounds'] * row['steps_per_round']} steps long after the start, among them one of the rarer steps that "
-        "look at everything; temporaries in bytes per parameter. One leaf of 4096 x 4096, "
+        f"{row['rounds'] * row['steps_per_round']} steps from the very first, among them the rarer ones that look at "
+        "everything; temporaries in bytes per parameter. One leaf of 4096 x 4096, "
         f"and the {len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M parameters); "
         f"{where(results['machine'])}. Made by `benchmarks/step.py observe`.",
     ]

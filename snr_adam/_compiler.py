@@ -101,7 +101,7 @@ def with_moments(u: jax.Array, moments, t: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(u, *vs, tpu=tied, default=lambda u, *_: u)
 
 
-def apart(x: jax.Array) -> jax.Array:
+def apart(x: Any) -> jax.Array:
     """x, in a kernel that makes nothing else.
 
     Whether another package's step was taken is seen from its count. XLA for GPU takes that comparison into the kernel
@@ -111,7 +111,7 @@ def apart(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
-def one_by_one(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+def one_by_one(x: Any, one: jax.Array) -> tuple[Any, jax.Array]:
     """The same two, in a way that ties `one` to x: for a loop over leaves that each use a shared scalar.
 
     In `guard` the limit at which gradients are cut off is a scalar. Leaves of one shape would share its broadcast, and

@@ -71,8 +71,11 @@ class Seen(NamedTuple):
     @property
     def constants(self) -> tuple[Average | None, Average | None]:
         """Both averages without what belongs to one step, None where their decays change in time."""
-        pair = self.first, self.second
-        return tuple(x._replace(debias=0.0) if x and isinstance(x.gain, float) else None for x in pair)
+
+        def constant(x: Average | None) -> Average | None:
+            return x._replace(debias=0.0) if x and isinstance(x.gain, float) else None
+
+        return constant(self.first), constant(self.second)
 
     @property
     def noise(self) -> str:

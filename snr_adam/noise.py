@@ -87,14 +87,14 @@ def _root(v, k: _Numbers, debias: bool = True):
 
 
 class Squares:
-    """What denominators share that keep one array of squares."""
+    """What denominators share that keep squares."""
 
     __post_init__ = check_fields
 
-    def init(self, p):
+    def init(self, p) -> Any:
         return square_like(p, getattr(self, "initial", 0.0))
 
-    def at(self, t, dtype):
+    def at(self: Any, t, dtype):
         return numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
 
 
@@ -104,8 +104,8 @@ class Averaged:
     def average(self, k):
         return Average(k.v.gain, k.v.gain, k.v.debias if getattr(self, "debias", True) else 1.0)
 
-    def second(self, v, center):
-        return v
+    def second(self, state, center):
+        return state
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ class Rectified:
     def average(self, k: _Rectifier):
         return Average(k.root.v.gain, k.root.v.gain, k.root.v.debias)
 
-    def second(self, v, center):
-        return v
+    def second(self, state, center):
+        return state
 
 
 class _Before(NamedTuple):

@@ -167,7 +167,8 @@ class Rule:
             g, noise = self.averaged(x, self.storage.decode(*old, dtype)[1], k), 1.0
         else:
             g, noise = x, self.noise.estimate(nu, x, k.noise, center(mu))
-        return Ratio(*self.signal.estimate(mu, g, k.signal), noise, k.zero)
+        signal, scale = self.signal.estimate(mu, g, k.signal)
+        return Ratio(signal, scale, noise, k.zero)
 
     def at(self, t, dtype, zero) -> Numbers:
         return Numbers(self.signal.at(t, dtype), self.noise.at(t, dtype), zero)

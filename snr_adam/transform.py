@@ -162,7 +162,7 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         del extra_args
         if not isinstance(state, ScaleBySnrState):
             raise wrong_state(state)
-        t = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(state.count)
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam import guard, health
+from snr_adam import guard, health, scale_by_snr
 from snr_adam.guard import Health
 from snr_adam.parts import RMS, Cast, Nesterov, Shared
 
@@ -380,3 +380,37 @@ def test_a_guard_in_a_guard_clips_to_the_shorter_and_skips_for_both(inner, outer
     u, states["nested"] = jax.jit(nested.update)(grads[0], states["nested"], w["nested"])
     np.testing.assert_array_equal(u, 0)
     jax.tree.map(np.testing.assert_array_equal, states["nested"].inner, before)
+
+
+def forwards(tx):
+    """A user's wrapper."""
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+WRAPPED = {
+    "observe": lambda tx: guard(snr_adam.observe(tx), clip_norm=1.0),
+    "inject_hyperparams": lambda tx: guard(optax.inject_hyperparams(snr_adam.adamw)(1e-3), clip_norm=1.0),
+    "carry_remainder": lambda tx: guard(snr_adam.carry_remainder(tx), clip_norm=1.0),
+    "a chain": lambda tx: guard(optax.chain(scale_by_snr(), optax.scale_by_learning_rate(1e-3)), clip_norm=1.0),
+    "a user's": lambda tx: guard(forwards(tx), clip_norm=1.0),
+    "inside observe": lambda tx: snr_adam.observe(guard(tx, clip_norm=1.0)),
+    "rmsprop with momentum": lambda tx: guard(snr_adam.rmsprop(1e-3, momentum=0.9), clip_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_no_wrapper_costs_a_copy_of_the_state(name):
+    """The step takes the guard's verdict in, whatever lies between: 4 to 8 bytes per parameter if it did not."""
+    tx, size = WRAPPED[name](snr_adam.adamw(1e-3)), 4096
+    p = jax.ShapeDtypeStruct((size, size), jnp.float32)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, jax.eval_shape(tx.init, p), p).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.02 * size**2

@@ -34,7 +34,7 @@ def averages_of(tx, leaves: list, outer) -> list[tuple[Average | None, Average |
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         small, huge = (_fits(_moments_after(tx, leaves, outer, scale), scale, len(leaves)) for scale in (1.0, _HUGE))
     for (first, _), (other, _) in zip(small, huge, strict=True):
-        if first and not (other and np.allclose(first[:2], other[:2], rtol=1e-3)):
+        if first and not (other and np.allclose(np.array(first[:2]), np.array(other[:2]), rtol=1e-3)):
             raise Clipped
     return small
 
@@ -70,10 +70,10 @@ def _moments_after(tx, leaves, outer, scale: float) -> list[list]:
     return seen
 
 
-def _fits(seen: list[list], scale: float, number: int):
+def _fits(seen: list[list], scale: float, number: int) -> list[tuple[Average | None, Average | None]]:
     if not seen:
         return [(None, None)] * number
-    rows = []
+    rows: list[tuple[Average | None, Average | None]] = []
     for i in range(number):
         track = [each[i] for each in seen]
         if any(x is None for x in track):
@@ -93,9 +93,9 @@ def _spacing(x) -> float:
     return 0.0 if x is None else float(jax.numpy.finfo(x.dtype).eps)
 
 
-def _linear(xs: list, ys, spacing: float) -> Average | None:
-    """gain and leak of x_t = x_{t-1} + gain y_t - leak x_{t-1}, if every step agrees to the precision that xs have."""
-    xs = np.asarray(xs, float)
+def _linear(track: list, ys, spacing: float) -> Average | None:
+    """gain and leak of x_t = x_{t-1} + gain y_t - leak x_{t-1}, if every step agrees as exactly as x is kept."""
+    xs = np.asarray(track, float)
     old, change, y = xs[:-1].ravel(), np.diff(xs, axis=0).ravel(), np.asarray(ys, float).ravel()
     if not np.isfinite(xs).all() or not old.any():
         return None

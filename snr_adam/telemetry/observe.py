@@ -199,7 +199,8 @@ def observe(
 
     def shown(leaves, outer, updates, state, inner, out, look, params) -> Shown:
         """What there is to ask of each observed leaf."""
-        before, after = find(state.inner, outer, leaves), find(inner, outer, leaves)
+        before: list[Any] = find(state.inner, outer, leaves)
+        after: list[Any] = find(inner, outer, leaves)
         observed = observed_in(updates, after, layer_axis)
         here = {id(x) for x in jax.tree.leaves(inner)}
         us = outer.flatten_up_to(out)
@@ -228,7 +229,7 @@ def observe(
             look.seen.update(own.seen)
         leaves, outer = _tree.flatten(updates)
         step = shown(leaves, outer, updates, state, inner, out, own, params)
-        t = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(state.count)
         old = _Sums(state.seen, state.looked, state.detailed, state.square, state.means, state.memory, state.last)
         due = (t % every == 0) | (t <= _EARLY)
 
@@ -275,7 +276,7 @@ def observe(
                 return x
             if gate is not None:  # a guard around this observe will do so
                 u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
-            return _compiler.beside(x, optax.apply_updates(p, u), t)
+            return _compiler.beside(x, jnp.asarray(optax.apply_updates(p, u)), t)
 
         def inside(take=sums.one_by_one, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
@@ -294,6 +295,6 @@ def observe(
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
             out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
-        return out, ObserveState(inner, count, *new[:4], state.axis, *new[4:])
+        return out, state._replace(inner=inner, count=count, **new._asdict())
 
     return optax.GradientTransformationExtraArgs(init, update)
