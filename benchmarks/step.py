@@ -9,9 +9,10 @@
 
 Contenders take turns (`common.py`); `ratio` is the median over rounds of the time over that of `against` in the same
 round. `observe` takes means from the very first step instead, because its looks grow rarer; its rounds are 64 steps.
-Bytes per parameter are XLA's own count of the compiled step (`cost_analysis`), state bytes those of the live arrays. `copy` is the floor: a program that only reads and writes as
-many bytes as packed storage must (24 per float32 parameter); `of_copy` is the bandwidth of a step, by XLA's count of
-its bytes, over that of the copy. Rows that cannot be measured (torch is not installed, not enough memory) say so.
+Bytes per parameter are XLA's own count of the compiled step (`cost_analysis`), state bytes those of the live arrays.
+`copy` is the floor: a program that only reads and writes as many bytes as packed storage must (24 per float32
+parameter); `of_copy` is the bandwidth of a step, by XLA's count of its bytes, over that of the copy. Rows that cannot
+be measured (torch is not installed, not enough memory) say so.
 """
 
 import argparse
