@@ -12,6 +12,16 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=0, help="draw this many new examples instead of a few fixed ones")
 
 
+TOGETHER = ("test_resume", "test_distributed", "test_examples", "test_adam_by_hand", "test_char_lm")
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests share what is slow to make stay in one process."""
+    for item in items:
+        if (name := item.path.stem) in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture
 def x64():
     """Runs the test with 64-bit types enabled."""

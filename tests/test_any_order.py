@@ -188,8 +188,8 @@ PAIRS = list(itertools.permutations(WRAPPERS, 2))
 
 @pytest.mark.parametrize("names", PAIRS, ids=" of ".join)
 def test_pair(names):
-    """In float32 and one narrow storage, by turns."""
-    check(names, ("float32", STORAGES[1 + PAIRS.index(names) % 2]))
+    """In one of the storages, by turns."""
+    check(names, STORAGES[PAIRS.index(names) % 3 :][:1])
 
 
 @pytest.mark.slow
@@ -198,9 +198,9 @@ def test_pair_in_every_storage(names):
     check(names, STORAGES)
 
 
-@pytest.mark.parametrize("names", TRIPLES, ids=" of ".join)
+@pytest.mark.parametrize("names", TRIPLES[:4], ids=" of ".join)
 def test_triple(names):
-    check(names, ("float32", "packed"))
+    check(names, ("packed",))
 
 
 @pytest.mark.slow

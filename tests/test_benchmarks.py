@@ -27,6 +27,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_chain_saves_bytes_and_temporaries(tmp_path):
     done = run("step.py", "chain", "--trees", "512x512", "--dtypes", "float32", "--rounds", "1", "--results", tmp_path)
     assert done.returncode == 0, done.stderr

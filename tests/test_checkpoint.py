@@ -75,6 +75,7 @@ def test_a_term_is_a_bijection():
     np.testing.assert_array_equal(unshift(y, 16), x)
 
 
+@pytest.mark.slow
 def test_ten_thousand_flips_of_one_bit():
     """Every one changes both halves, at any place of any leaf of a real state."""
     rng = np.random.default_rng(0)

@@ -68,6 +68,7 @@ def undisturbed(tmp_path_factory, cache):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_nothing_but_time(tmp_path, cache, undisturbed):
     """Killed at step 6, resumed by itself from the checkpoint of step 4, the same bits at the end."""
     run = Started(tmp_path, cache, "--steps", "12", "--kill-at", "6")

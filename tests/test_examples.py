@@ -161,6 +161,7 @@ def scales():
     return {looks[0].step: looks for looks in zip(*runs, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [50, 100, 200, 300, 400])
 def test_two_scalars_tell_the_noise_scale_of_a_real_run(scales, step):
     """Mean over 3 seeds, within 25 % of that of the exact noise scale."""
@@ -274,6 +275,7 @@ def test_a_table_takes_numbers_that_come_and_go(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_see_the_signal_in_short(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(see_the_signal, "EVERY", 10)
     size = see_the_signal.SIZE._replace(width=16, context=16, batch=4, layers=1)

@@ -89,5 +89,5 @@ def test_a_form_of_the_future_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FORM", 3)
     save_state(tmp_path, 1, {"w": np.ones(3)})
     monkeypatch.setattr(files, "FORM", 2)
-    with pytest.raises(ValueError, match="of form 3, and this version of snr_adam reads forms 1 to 2: update"):
+    with pytest.raises(ValueError, match="of form 3, and this version of snr_adam reads forms 1 to 2: take a newer"):
         restore_state(tmp_path, {"w": np.ones(3)})

@@ -162,7 +162,7 @@ def _compiled(tx, shape=BIG):
     [
         ("snr_adam.adamw", 28, 0),  # g, m and v; rarely, one more pass over g, m, v and p
         ("snr_adam.adamw, packed", 20, 0),
-        ("optax.sgd", 32, 4),  # whose update ends in a product, so it is not made to wait for the look
+        ("optax.sgd", 36, 8),  # whose update ends in a product, so it is not made to wait for the look
     ],
 )
 def test_no_temporaries_and_no_byte_too_many(name, extra, kept):

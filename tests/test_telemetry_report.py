@@ -1,6 +1,7 @@
 """What `report` and `metrics` read: through every wrapper and host, under the parameters' own names."""
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -33,6 +34,12 @@ def _after(tx, params=PARAMS, steps=6):
         grads = jax.tree.map(lambda p, t=t: jnp.sin(p + t + jnp.arange(p.size).reshape(p.shape)), params)
         _, state = update(grads, state, params)
     return state
+
+
+@functools.cache
+def _watched():
+    """A state that many tests read."""
+    return _after(snr_adam.observe(optax.adam(0.1)))
 
 
 WRAPPED = {
@@ -109,7 +116,7 @@ def test_stacked_layers_are_reported_one_by_one():
 
 
 def test_groups_are_ratios_of_sums():
-    got = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))))
+    got = snr_adam.report(_watched())
     everything = got.group(["."])
     for key in set(got.columns) - {"snr_error", "noise_scale_error", "noise_scale_limit"}:  # one run has its own errors
         np.testing.assert_allclose(everything.columns[key][0], got.total[key], rtol=1e-4, err_msg=key)
@@ -284,13 +291,13 @@ def test_a_histogram_is_of_the_quantity_that_it_names():
 
 
 def test_the_table_and_its_forms():
-    got = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))), batch_size=32)
+    got = snr_adam.report(_watched(), batch_size=32)
     lines = str(got).split("\n")
     assert len({len(line) for line in lines[1:7]}) == 1  # aligned
     assert all(name in str(got) for name in (*NAMES, "total", "examples"))
     assert [row["name"] for row in got.rows] == list(NAMES)
     assert json.loads(json.dumps(got.to_dict()))["names"] == list(NAMES)
-    batches = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1))))
+    batches = snr_adam.report(_watched())
     for key in ("noise_scale", "noise_scale_error", "noise_scale_limit"):
         np.testing.assert_allclose(got.columns[key], 32 * batches.columns[key])
         np.testing.assert_allclose(got.total[key], 32 * batches.total[key])
@@ -333,7 +340,7 @@ def test_histograms_lose_nothing_but_nan(monkeypatch):
 
 
 def test_noise_scales_have_histograms_in_examples():
-    state, bins = _after(snr_adam.observe(optax.adam(0.1))), {"noise_scale_limit": np.array([1.0, 10.0, 100.0, 1000.0])}
+    state, bins = _watched(), {"noise_scale_limit": np.array([1.0, 10.0, 100.0, 1000.0])}
     (few, _), (many, _) = (
         snr_adam.telemetry.histograms(state, "", bins=bins, batch_size=b)["layers/noise_scale_limit"]
         for b in (None, 32)
@@ -353,7 +360,7 @@ def test_noise_scales_have_histograms_in_examples():
 )
 def test_bins_that_cannot_be_are_refused(bins, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        snr_adam.telemetry.histograms(_after(snr_adam.observe(optax.adam(0.1))), bins=bins)
+        snr_adam.telemetry.histograms(_watched(), bins=bins)
 
 
 HOSTED = {
