@@ -57,7 +57,8 @@ def found():
 def check_free(target, look, base):
     """Not a tenth of a byte per parameter moves for a look, nothing waits in memory, no branch is taken."""
     print(f"compiled in {look['compile_s'] / base['compile_s']:.1f} times the time of the step that is not watched")
-    assert look["moved"] <= base["moved"] + 0.1
+    # a TPU may keep part of a small tree on its chip, and move less than what the definition needs
+    assert look["moved"] <= max(base["moved"], look["least"]) + 0.1
     assert look["waiting"] <= base["waiting"] + 0.01
     assert look["conditionals"] == base["conditionals"] == 0
     assert look["copied"] == base["copied"] == 0
