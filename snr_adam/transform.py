@@ -282,11 +282,11 @@ def descend(
     Raises:
       ValueError, TypeError: as `scale_by_snr`, and if `params` is needed and missing.
 
-    >>> tx = descend(0.5, EMA(0.9), RMS(0.999), weight_decay=0.25)
+    >>> tx = descend(1.0, EMA(0.9), RMS(0.999), weight_decay=0.5)
     >>> w = jnp.array([1.0, -2.0])
     >>> updates, state = tx.update(jnp.array([3.0, -0.001]), tx.init(w), w)
-    >>> print(updates.round(3))
-    [-0.625  0.75 ]
+    >>> print(updates.round(1))
+    [-1.5  2. ]
     """
     check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
     return _build("descend", signal, noise, storage, descent, _PerLeaf(learning_rate, weight_decay, mask))

@@ -29,6 +29,7 @@ def test_the_signal_goes_and_the_noise_stays(told):
     assert told.size(told.noises[-1]) > told.size(told.noises[0])
 
 
+@pytest.mark.slow
 def test_noise_falls_as_the_root_of_the_batch(told):
     np.testing.assert_allclose(
         told.measured * np.sqrt(told.sizes), told.size(np.asarray(told.spread(told.start))), rtol=0.1

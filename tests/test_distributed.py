@@ -78,6 +78,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path, cache, undisturbed):
     assert run.finish == undisturbed[1].finish
 
 
+@pytest.mark.slow
 def test_one_process_takes_over_the_same_values(tmp_path, cache, undisturbed):
     """The last checkpoint, restored by one process with one device, is the same bits; and training goes on."""
     shutil.copytree(undisturbed[0] / "12", tmp_path / "12")

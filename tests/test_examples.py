@@ -169,6 +169,7 @@ def test_two_scalars_tell_the_noise_scale_of_a_real_run(scales, step):
     assert found == pytest.approx(exact, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [50, 100, 150, 200])
 def test_l1_tells_the_noise_scale_in_adams_geometry(scales, step):
     found, exact = (np.mean(x) for x in zip(*((look.l1.value, look.l1_exact) for look in scales[step]), strict=True))

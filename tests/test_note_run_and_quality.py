@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 note_run, quality, readme = (script("benchmarks", name) for name in ("note_run", "quality", "readme"))
 
 
+@pytest.mark.slow
 def test_note_run_in_short(tmp_path, monkeypatch, capsys):
     """Optimizers of JAX learn to read digits, alike; their rows go beside those of another width."""
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed

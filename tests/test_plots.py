@@ -328,6 +328,7 @@ def test_axes_or_reports_can_be_given(draw, history):
         np.testing.assert_array_equal(line.get_xydata(), again.get_xydata())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [*PICTURES, plots.overview])
 @pytest.mark.parametrize("awkward", ["one report", "no number", "many layers", "no signal"])
 def test_awkward_histories_are_drawn(draw, awkward, tmp_path):

@@ -264,6 +264,7 @@ def test_other_dtypes_pass_through(make):
         np.testing.assert_array_equal(whole_weights(end, state)["wide"], end["wide"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [carry_remainder, functools.partial(carry_remainder, bits="8"), lambda tx: optax.chain(tx, round_stochastically())],
