@@ -13,13 +13,43 @@ def pytest_addoption(parser):
 
 
 TOGETHER = ("test_resume", "test_distributed", "test_examples", "test_adam_by_hand", "test_char_lm")
+# sweeps of which the default run takes every nth case, and `-m "slow or not slow"` all
+THINNED = {
+    "test_a_bad_step_has_not_happened": 2,
+    "test_a_form_does_not_change_bits": 3,
+    "test_a_leaf_of_another_length_has_the_same_bits": 2,
+    "test_a_storage_is_read_by_itself_alone": 2,
+    "test_between_storages_and_learning_rates": 2,
+    "test_in_every_wrapper": 2,
+    "test_it_is_found_wherever_it_is": 2,
+    "test_l1_reads_a_known_noise_scale": 6,
+    "test_mixed_precision": 3,
+    "test_moments_are_unbiased_at_every_step": 3,
+    "test_no_bit_has_moved": 2,
+    "test_nothing_changes": 2,
+    "test_presets_in_narrow_storage": 4,
+    "test_schedules_are_those_of_inject_hyperparams": 2,
+    "test_the_same_on_any_number_of_devices": 5,
+    "test_the_same_optimizer_goes_on": 2,
+    "test_there_and_back": 2,
+    "test_updates_are_optaxs_by_default": 2,
+    "test_updates_are_optaxs_with_every_option": 2,
+}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m takes the slow ones away
 def pytest_collection_modifyitems(items):
-    """Files whose tests share what is slow to make stay in one process."""
+    """Files whose tests share what is slow to make stay in one process; of long sweeps a part is run by default."""
+    seen: dict = {}
     for item in items:
         if (name := item.path.stem) in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(name))
+        name = getattr(item, "originalname", item.name)
+        if name in THINNED:
+            key = item.path, name
+            seen[key] = seen.get(key, -1) + 1
+            if seen[key] % THINNED[name]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

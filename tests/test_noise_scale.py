@@ -290,7 +290,6 @@ def signal_for(shape, times):
     return mean * SIGMA.sum() / np.abs(mean).sum() / math.sqrt(times)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("decays", DECAYS[:3], ids=str)
 @pytest.mark.parametrize("times", [1, 3, 10])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -305,7 +305,6 @@ def test_v_is_zero_only_where_float32_has_none(storage):
 # the presets, and what cannot be stored
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("storage", NARROW)
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_in_narrow_storage(name, storage):
