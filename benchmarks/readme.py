@@ -154,14 +154,14 @@ def observe_table() -> str:
             most = max(row["bytes_temporary"] for row in rows)
             seconds = " / ".join(f"{row['compile_s']:.1f}" for row in rows)
             lines.append(f"| {storage}, {words} | {times} | {most:.1f} | {seconds} s |")
-    row, shapes = results["rows"][0], tree_shapes("gpt2")
+    row, shapes, with_gpt2 = results["rows"][0], tree_shapes("gpt2"), "gpt2" in trees
     lines += [
         "",
         "Time of a step over that of the same AdamW unwatched, means over "
         f"{row['rounds'] * row['steps_per_round']} steps from the very first, among them the rarer ones that look at "
-        "everything; temporaries in bytes per parameter. One leaf of 4096 x 4096, "
-        f"and the {len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M parameters); "
-        f"{where(results['machine'])}. Made by `benchmarks/step.py observe`.",
+        "everything; temporaries in bytes per parameter. One leaf of 4096 x 4096"
+        + (f", and the {len(shapes)} leaves of GPT-2 ({sum(map(math.prod, shapes)) / 1e6:.0f}M parameters)" * with_gpt2)
+        + f"; {where(results['machine'])}. Made by `benchmarks/step.py observe`.",
     ]
     return "\n".join(lines)
 
