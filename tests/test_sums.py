@@ -14,7 +14,7 @@ CASES = [
 HOW = {
     "together": sums.together,
     "in one reduction": lambda xs, axis: sums.columns([sums.in_one_reduction(xs, axis)]),
-    "one by one": lambda xs, axis: sums.columns([sums.one_by_one(xs, axis)]),
+    "one by one": lambda xs, axis: sums.columns([sums.one_each(xs, axis)]),
 }
 
 

@@ -1,8 +1,8 @@
 """Where an optimizer's state lives on a mesh of devices.
 
 The moments of a parameter are as large as the parameter, or twice that. How they should lie is a question about the
-parameters' own layout, so this room knows shapes, specs and meshes, and nothing of optimizers: it finds the arrays of a
-state that belong to a parameter by the tree they stand in and by their shape.
+parameters' own layout, so this module knows shapes, specs and meshes, and nothing of optimizers: it finds the arrays of
+a state that belong to a parameter by the tree they stand in and by their shape.
 
     "like parameters"   each moment lies as its parameter does         FSDP, tensor parallelism, one device
     "zero1"             and is split over the data axis as well        replicated parameters, 1/n of the state each

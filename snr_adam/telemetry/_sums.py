@@ -27,7 +27,7 @@ def together(xs, axis):
     Returns:
       float32 of shape (n, slices), or (n, 1).
     """
-    number, xs = len(xs), [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+    number, xs = len(xs), _alike(xs)
     xs = [x[None] if x.ndim == 0 else x for x in xs]
     if axis is None:
         xs = _in_rows(xs, np.gcd(xs[0].shape[0], 4096))
@@ -44,17 +44,22 @@ def in_one_reduction(xs, axis):
 
     XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array first.
     """
-    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+    xs = _alike(xs)
     return _reduce(xs, _all_but(axis, xs[0]))
 
 
-def one_by_one(xs, axis):
+def one_each(xs, axis):
     """Sums inside of the kernel that an update makes on a TPU, as one reduction for each result.
 
     There a reduction with several results does not become a part of the kernel.
     """
-    xs = [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
+    xs = _alike(xs)
     return [jnp.sum(x, _all_but(axis, x)) for x in xs]
+
+
+def _alike(xs) -> list:
+    """Every array as float32, in the shape of the first."""
+    return [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
 
 
 def _all_but(axis, x) -> tuple[int, ...]:
@@ -77,8 +82,8 @@ def _in_rows(xs, rows: int):
     return [x.reshape(rows, -1) for x in xs] if flat else xs
 
 
-def _reduce(xs, over, start=np.float32(0)):
-    return jax.lax.reduce(tuple(xs), (start,) * len(xs), _add, over)
+def _reduce(xs, over):
+    return jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, over)
 
 
 def _sum(x, axis, first: int = 0):

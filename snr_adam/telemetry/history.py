@@ -12,7 +12,7 @@ A report is what an optimizer tells at one step: one number per layer and quanti
     History.load("run.npz").columns["noise"][:, 3]
     print(history)                                      the SNR of each layer over time, in a line of text
 
-A room of its own because it knows about files: a report is anything with `step`, `names`, `columns` and `total`. Both
+Apart from the rest because it knows about files: a report is anything with `step`, `names`, `columns` and `total`. Both
 formats give back the same bits, also of nan (a quantity that the optimizer does not have) and infinities, for which
 strict JSON has no numbers: there they are null, "inf" and "-inf".
 """

@@ -278,7 +278,7 @@ def observe(
                 u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
             return _compiler.beside(x, jnp.asarray(optax.apply_updates(p, u)), t)
 
-        def inside(take=sums.one_by_one, tie=tied):
+        def inside(take=sums.one_each, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
             power, product, direct = step.in_the_step(take, tie)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))

@@ -4,7 +4,7 @@
     bars(report)                    and a bar for each SNR
     sparklines(history, key)        a quantity over time, one block of eight heights per report
 
-A room of its own because it knows about terminals: characters, widths and colours. What it is given is anything with
+Apart from the rest because it knows about terminals: characters, widths and colours. What it is given is anything with
 the attributes of a `Report` or a `History`. It needs no import of `rich`: a console that draws a table makes the text.
 """
 
