@@ -59,13 +59,17 @@ def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
 def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
-    """A hash of every element's place.
+    return hashed(element_index(shape), before, between)
+
+
+def hashed(index: jax.Array, before: jax.Array, between: jax.Array) -> jax.Array:
+    """A hash of an index.
 
     The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
     The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
     takes two products by constants, as the chi-square tests show.
     """
-    x = (element_index(shape) ^ before) * np.uint32(0x9E3779B1)
+    x = (index ^ before) * np.uint32(0x9E3779B1)
     x = x ^ (x >> 16) ^ between
     x = x * (x + x + np.uint32(1))
     return x ^ (x >> 16)

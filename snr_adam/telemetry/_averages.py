@@ -167,15 +167,22 @@ def level(leak, newest):
     return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
 
 
-def errors(means: Means, square, rho, decay, newest, q):
-    """The variances of L and of the SNR, on the host; the formula is derived in `observe`."""
+def errors(means: Means, square, rho, decay, newest, seen: int, steps: int):
+    """The standard error of L as a share of A, times A, on the host; the formula is derived in `observe`.
+
+    rho, decay, newest: of m^, as in `Last`. seen, steps: how many looks there were in how many steps.
+    """
     a, x, aa, ax, xx = means
     share = x / a
     both = np.clip(share, 0, 1)
     per_share = xx / (both + rho)
     v = per_share * both
-    pull, ahead = 2 * q / (1 - q), newest / np.maximum(decay, np.finfo(float).tiny)
+    q = (1 - newest_weight(max(seen, 1))) * decay
+    if steps < 1.5 * max(seen, 1):
+        pull = 2 * q / (1 - q)
+    else:  # looks in bursts of six, and pauses between them
+        pull = 2 * sum((1 - k / 6) * q**k for k in range(1, 6))
+    ahead = newest / np.maximum(decay, np.finfo(float).tiny)
     model = ((1 - 2 * share) ** 2 + rho) * v + (rho + 2 * both**2) * per_share * (1 - both)
     z = np.maximum(xx - 2 * share * ax + share**2 * aa, model)
-    var_x = square * (xx + pull * (rho + ahead) * v) * a**2
-    return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4
+    return np.sqrt(np.maximum(square * (z + pull * (rho + (1 - 2 * share) * ahead) * v), 0)) * a

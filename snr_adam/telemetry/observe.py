@@ -54,16 +54,18 @@ import numpy as np
 import optax
 
 from snr_adam import _compiler, _tree
+from snr_adam._bits import seeds_at
 from snr_adam._look import Look
 from snr_adam._moments import find, kinds_in
 from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Means, Memory
+from snr_adam.telemetry._lags import Lags
 from snr_adam.telemetry._outside import Clipped, Outside, as_computed, averages_of
 from snr_adam.telemetry._seen import Leaf, Shown, observed_in
 from snr_adam.transform import ScaleBySnrState
 
-_EARLY = 4  # steps that are looked at whatever `every` says
 _RAREST = 64
 _WINDOWS = {
     "MultiStepsState": "optax.MultiSteps(snr_adam.observe(tx), k)",
@@ -77,9 +79,10 @@ class ObserveState(NamedTuple):
     """The state of `observe`: the wrapped optimizer's, unchanged, and float32 arrays with a column per leaf.
 
     inner: the wrapped state. count: int32, steps taken. seen: int32, looks in the means. looked, detailed: int32, the
-    steps of the last look and of the last details. square: the sum of the squared weights of the means.
-    axis: int32 (L,), the axis a leaf was sliced along, or -1.
-    means, memory, last: rows named by `Means` (L + 1), `Memory` and `Last` (L).
+    steps of the last look and of the last details. bursts: int32, bursts of looks in `lags`. square: the sum of the
+    squared weights of the means. axis: int32 (L,), the axis a leaf was sliced along, or -1.
+    means, lags, memory, last: rows named by `Means` and `Lags` (L + 1), `Memory` and `Last` (L).
+    sketches: (6, L, 128), of the gradients of the burst that has begun.
     """
 
     inner: Any
@@ -87,11 +90,14 @@ class ObserveState(NamedTuple):
     seen: Any
     looked: Any
     detailed: Any
+    bursts: Any
     square: Any
     axis: Any
     means: Any
+    lags: Any
     memory: Any
     last: Any
+    sketches: Any
 
 
 class _Sums(NamedTuple):
@@ -100,10 +106,13 @@ class _Sums(NamedTuple):
     seen: Any
     looked: Any
     detailed: Any
+    bursts: Any
     square: Any
     means: Any
+    lags: Any
     memory: Any
     last: Any
+    sketches: Any
 
 
 def _blank(inner, observed, leaves) -> ObserveState:
@@ -111,12 +120,14 @@ def _blank(inner, observed, leaves) -> ObserveState:
     axes = [-1 if leaf.axis is None else leaf.axis for leaf in observed for _ in range(leaf.size)]
     n = len(axes)
     own: Any = (
-        *(jnp.zeros((), jnp.int32) for _ in range(4)),
+        *(jnp.zeros((), jnp.int32) for _ in range(5)),
         jnp.zeros((), jnp.float32),
         jnp.asarray(axes, jnp.int32),
         averages.zeros(Means, n + 1),
+        averages.zeros(Lags, n + 1),
         averages.zeros(Memory, n),
         averages.zeros(Last, n),
+        jnp.full((lags.BURST, n, lags.WIDTH), jnp.nan, jnp.float32),
     )
     if any(map(_tree.is_abstract, leaves)):
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
@@ -230,13 +241,15 @@ def observe(
         leaves, outer = _tree.flatten(updates)
         step = shown(leaves, outer, updates, state, inner, out, own, params)
         t: Any = optax.safe_increment(state.count)
-        old = _Sums(state.seen, state.looked, state.detailed, state.square, state.means, state.memory, state.last)
-        due = (t % every == 0) | (t <= _EARLY)
+        old = _Sums(**{name: getattr(state, name) for name in _Sums._fields})
+        burst, place = state.count // (lags.BURST * every), state.count % (lags.BURST * every)
+        due = place < lags.BURST
+        seeds = seeds_at(burst, len(step.observed))
 
         def keep(new, old, where):
             return jax.tree.map(lambda x, y: jnp.where(where, x, y), new, old)
 
-        def after(power, product, first, second, memory, detail) -> _Sums:
+        def after(power, product, first, second, sketches, memory, detail) -> _Sums:
             """The sums after this step, if it is looked at and was finite."""
             ok = jnp.isfinite(jnp.sum(power))
             last, persistent = step.numbers(power, product, first, second, Memory(*old.memory), memory)
@@ -244,7 +257,18 @@ def observe(
             means, square, seen = keep((means, square, seen), (old.means, old.square, old.seen), ok & (state.count > 0))
             last, detailed = detail(last, seen, memory)
             last = keep(averages.stack(last), old.last, ok)
-            return _Sums(seen, jnp.where(ok, t, old.looked), detailed, square, means, old.memory, last)
+            sketches = lags.put(old.sketches, sketches, place, ok)
+            looked = jnp.where(ok, t, old.looked)
+            return _Sums(seen, looked, detailed, old.bursts, square, means, old.lags, old.memory, last, sketches)
+
+        def burst_after(new: _Sums, choose) -> _Sums:
+            """The same with what the burst has shown, if it has come to its end."""
+
+            def ended():
+                return lags.after_a_burst(old.lags, old.bursts, new.sketches, step.is_whole)
+
+            found, bursts = choose(place == lags.BURST - 1, ended, lambda: (old.lags, old.bursts))
+            return new._replace(lags=found, bursts=bursts)
 
         def afterwards():
             """On CPU: a second pass, over the gradient and the new moments."""
@@ -258,7 +282,7 @@ def observe(
 
             def look():
                 memory = step.remember(Memory(*old.memory))
-                return after(*step.after_the_step(), memory, detail)
+                return burst_after(after(*step.after_the_step(seeds), memory, detail), jax.lax.cond)
 
             new, zero = jax.lax.cond(
                 due & step.ok, lambda: (look(), _compiler.not_yet(t)), lambda: (old, jnp.uint32(0))
@@ -280,11 +304,12 @@ def observe(
 
         def inside(take=sums.one_each, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, direct = step.in_the_step(take, tie)
+            power, product, direct, sketches = step.in_the_step(seeds, take, tie)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
-            new = after(power, product, memory.first, second, memory, lambda last, *_: (last, old.detailed))
+            new = after(power, product, memory.first, second, sketches, memory, lambda last, *_: (last, old.detailed))
+            new = burst_after(new, lambda due, new, old: keep(new(), old(), due))
             new = keep(new, old, due & step.ok)
             return new._replace(memory=keep(averages.stack(memory), old.memory, step.ok)), jnp.uint32(0)
 
