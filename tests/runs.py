@@ -15,7 +15,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
-from cases import gradients, tree
+from cases import gradients, quick_jit, tree
 
 import snr_adam
 from snr_adam.parts import RMS, Cast, Shared
@@ -63,7 +63,7 @@ def data(dtype):
 def _stepper(name):
     tx = RUNS[name][1]()
 
-    @jax.jit
+    @quick_jit
     def step(run, grads):
         params, state = run
         updates, state = tx.update(grads, state, params)
