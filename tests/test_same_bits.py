@@ -9,6 +9,7 @@ The digests are those of one version of XLA; under another, which may round a tr
 test is skipped.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -53,10 +54,15 @@ def _runs():
 RUNS = dict(_runs())
 
 
+@functools.cache
+def _problem(dtype):
+    return cases.tree(dtype=dtype), cases.stacked(STEPS, dtype=dtype)
+
+
 def bits(name: str) -> str:
     """A hash of the run's updates, parameters and state."""
     dtype, tx = RUNS[name]
-    run = cases.run(tx, cases.tree(dtype=dtype), cases.stacked(STEPS, dtype=dtype))
+    run = cases.run(tx, *_problem(dtype))
     found = hashlib.blake2b(digest_size=8)
     for x in map(np.asarray, jax.tree.leaves(jax.device_get(run))):
         found.update(f"{x.dtype}{x.shape}".encode() + x.tobytes())
