@@ -3,6 +3,7 @@
 A new estimator or preset is one row here.
 """
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -114,6 +115,33 @@ def gradients(steps: int, seed: int = 1, dtype=None):
 def stacked(steps: int, seed: int = 1, dtype=None):
     """`gradients` as one tree whose leaves have a leading axis of length `steps`, for `run`."""
     return jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *gradients(steps, seed, dtype))
+
+
+def _known(option: str, value) -> bool:
+    """Whether this XLA has the option."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+# Tests of what a program computes, to a tolerance, spend most of their time in XLA, and an unoptimized program is as
+# good as another: without MLIR, LLVM's passes and a module per kernel, compiling takes a fifth. Tests of bits between
+# programs, of bytes and of what the compiler makes of a trick compile as users do.
+QUICK = {
+    option: value
+    for option, value in {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }.items()
+    if _known(option, value)
+}
+# ... and the same for programs that run for long
+FAST = {option: value for option, value in QUICK.items() if option != "xla_backend_optimization_level"}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def run(tx, params, grads, compiler_options=None):

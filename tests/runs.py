@@ -6,6 +6,7 @@ A new kind of state is one row of RUNS.
 """
 
 import functools
+import gc
 import json
 import pathlib
 import pickle
@@ -15,7 +16,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
-from cases import gradients, tree
+from cases import gradients, quick_jit, tree
 
 import snr_adam
 from snr_adam.parts import RMS, Cast, Shared
@@ -63,7 +64,7 @@ def data(dtype):
 def _stepper(name):
     tx = RUNS[name][1]()
 
-    @jax.jit
+    @quick_jit
     def step(run, grads):
         params, state = run
         updates, state = tx.update(grads, state, params)
@@ -109,7 +110,8 @@ def raw(run):
 def resume(folder: pathlib.Path):
     """Goes on from every checkpoint: how many runs did, and which ended otherwise than the uninterrupted one."""
     at = sorted(int(file.stem) for file in folder.glob("*.pickle"))
-    ends, like = pickle.loads((folder / "ends").read_bytes()), {name: start(name) for name in RUNS}
+    ends = pickle.loads((folder / "ends").read_bytes())
+    like = {name: jax.eval_shape(functools.partial(start, name)) for name in RUNS}
     resumed, wrong, gone = 0, [], {}
     for form, read in READ.items():
         for k in at:
@@ -139,4 +141,5 @@ def recognisable(step: int):
 
 
 if __name__ == "__main__":
+    gc.disable()  # a process of half a minute that traces a lot
     print(json.dumps(resume(pathlib.Path(sys.argv[1]))))

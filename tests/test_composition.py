@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from cases import PRESETS
+from cases import PRESETS, quick_jit
 
 import snr_adam
 
@@ -46,7 +46,7 @@ def _run(tx, grads, dtype="float32"):
 
 def _compiled(tx):
     """`tx` with its update compiled as one program: quicker where it holds a `lax.cond`."""
-    return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    return optax.GradientTransformationExtraArgs(tx.init, quick_jit(tx.update))
 
 
 def _assert_close(got, want, rtol=1e-5, atol=1e-9):
@@ -126,7 +126,7 @@ def _descend(name, wrap, pack, fast, unpack):
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=40)
         return unpack(state, params)
 
-    return float(abs(jax.jit(descend)(pack(jnp.float32(1.0))) - 2.0))
+    return float(abs(quick_jit(descend)(pack(jnp.float32(1.0))) - 2.0))
 
 
 @pytest.mark.parametrize("name", ["adamw", "ademamix", "rmsprop", "lion"])
@@ -181,7 +181,7 @@ def test_changing_an_injected_number_takes_effect_without_compiling(name):
     decay = {"rmsprop": "decay", "centered_adam": "b"}.get(name, "b2")
     tx = optax.inject_hyperparams(make)(0.01)
     params, (g1, g2, g3) = jnp.ones(3), jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, -0.5], [-1.0, 1.0, 2.0]])
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     _, state = update(g1, tx.init(params), params)
     state.hyperparams["learning_rate"] = jnp.float32(0.02)
     state.hyperparams[decay] = jnp.float32(0.5)
@@ -213,7 +213,7 @@ def test_schedules_are_the_same_injected(name):
 def test_a_traced_learning_rate_does_not_compile_again(name):
     params, grads = jnp.ones(3), jnp.array([1.0, -2.0, 0.5])
 
-    @jax.jit
+    @quick_jit
     def step(learning_rate, state):
         return PRESETS[name][0](learning_rate).update(grads, state, params)
 

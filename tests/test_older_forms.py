@@ -55,7 +55,7 @@ def go_on(tx, params, state, steps: int):
     """So many more steps, with gradients that follow on the first seven."""
     dtype = jax.tree.leaves(params)[0].dtype
     for g in list(cases.gradients(STEPS + steps, dtype=dtype))[STEPS:]:
-        updates, state = jax.jit(tx.update)(g, state, params)
+        updates, state = cases.quick_jit(tx.update)(g, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import quick_jit
 from fake_reports import measured
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -29,7 +30,7 @@ NAMES = ("dec", "enc/b", "enc/w")
 
 
 def _after(tx, params=PARAMS, steps=6):
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), quick_jit(tx.update)
     for t in range(steps):
         grads = jax.tree.map(lambda p, t=t: jnp.sin(p + t + jnp.arange(p.size).reshape(p.shape)), params)
         _, state = update(grads, state, params)
@@ -420,7 +421,7 @@ def test_linen(name, boxed, freeze):
     params = freeze(model.init(jax.random.key(0), X)["params"])
     state = TrainState.create(apply_fn=model.apply, params=params, tx=HOSTED[name]())
 
-    @jax.jit
+    @quick_jit
     def step(state):
         return state.apply_gradients(grads=jax.grad(lambda p: _loss(state.apply_fn({"params": p}, X)))(state.params))
 

@@ -63,11 +63,8 @@ def gradients():
 
 
 def check_twins(theirs, *ours, part=lambda tree: tree["block"][0]):
-    """Same updates and same last parameters, on a part of the tree: an array of 7, unless said otherwise.
-
-    Compiling is what takes time here, and an unoptimized program is as good as another.
-    """
-    args = part(cases.tree()), part(gradients()), {"xla_backend_optimization_level": 0}
+    """Same updates and same last parameters, on a part of the tree: an array of 7, unless said otherwise."""
+    args = part(cases.tree()), part(gradients()), cases.QUICK
     expected = cases.run(theirs, *args)[:2]
     for tx in ours:
         check_same(cases.run(tx, *args)[:2], expected)
@@ -115,8 +112,8 @@ def test_mu_dtype_is_how_the_signal_rests(name, x64):
     preset, namesake = cases.PRESETS[name]
     # from constant signs, so that Lion does not turn a rounding into the opposite step
     params, grads = cases.tree()["block"][0], abs(gradients()["block"][0])
-    ours, _, state = cases.run(preset(0.01, mu_dtype="bfloat16"), params, grads)
-    theirs, _, _ = cases.run(namesake(0.01, mu_dtype="bfloat16"), params, grads)
+    ours, _, state = cases.run(preset(0.01, mu_dtype="bfloat16"), params, grads, cases.QUICK)
+    theirs, _, _ = cases.run(namesake(0.01, mu_dtype="bfloat16"), params, grads, cases.QUICK)
     assert {x.dtype for x in jax.tree.leaves(state[0].mu)} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(ours, theirs, rtol=2**-4, atol=0.01 * 2**-8)
 
