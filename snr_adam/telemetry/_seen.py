@@ -142,7 +142,7 @@ class Shown:
             found = [abs_sq(g), sums.inner(seen.before(), g)]
             if is_direct:
                 found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
-            return sums.together([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
+            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -156,17 +156,11 @@ class Shown:
                 found.append(of(seen.stacked([self.seen[i] for i in rest]), None, None, seed, 0))
             else:
                 found.append(of(seen, self.params[first], self.updates[first], seeds[first], leaf.axis))
-        order = self._order([i for group in groups.values() for i in group])
+        made = [i for group in groups.values() for i in group]
+        order = sums.in_order(made, [leaf.size for leaf in self.observed])
         rows, sketches = sums.joined(found)
         rows, sketches = rows[:, order], sketches[order]
         return (*rows, sketches) if is_direct else (*rows, jnp.zeros((), jnp.float32), sketches)
-
-    def _order(self, order: list):
-        """What brings columns into the order of the leaves, from that in which they were made."""
-        ends = np.cumsum([self.observed[i].size for i in order])
-        place = {i: np.arange(end - self.observed[i].size, end) for i, end in zip(order, ends, strict=True)}
-        index = np.concatenate([place[i] for i in range(len(order))])
-        return slice(None) if np.all(np.diff(index) == 1) else index
 
     def after_the_step(self, seeds: list):
         """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with, and sketches."""
@@ -175,7 +169,7 @@ class Shown:
             g, (m, v) = seen.gradient(), seen.after()
             v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
             xs = [abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, leaf.axis)]
-            return sums.together(xs, leaf.axis)
+            return sums.rows(xs, leaf.axis)
 
         each = zip(self.seen, seeds, self.observed, strict=True)
         (power, new, first, second), sketches = sums.joined([of(*one) for one in each])
@@ -229,7 +223,7 @@ class Shown:
             p = None if p is None else widen(_tree.as_array(p))
             u = abs_sq(seen.update(p))
             xs = [abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p), jnp.zeros(())]
-            return sums.together([jnp.asarray(x) for x in xs], leaf.axis)
+            return sums.rows([jnp.asarray(x) for x in xs], leaf.axis)
 
         each = zip(self.seen, self.observed, self.params, strict=True)
         (_, significant, counted, update, param), _ = sums.joined([of(*one) for one in each])

@@ -45,21 +45,50 @@ def one_each(xs):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all leaves of one shape
-def together(xs, axis, take=at_once):
-    """The sums of arrays of one shape in one pass: what they share is computed once and stored nowhere.
+def rows(xs, axis, take=at_once):
+    """The sums over rows of arrays of one shape, in one pass: what they share is computed once and stored nowhere.
 
     Args:
-      xs: n + 1 real arrays; those of fewer dimensions are broadcast to the first. The last is sketched.
+      xs: real arrays; those of fewer dimensions are broadcast to the first.
       axis: the axis along which each slice has sums of its own, None for one of all.
       take: how rows are summed over their last axis.
 
     Returns:
-      float32 of shape (n, slices) or (n, 1), and the sketches (slices, 128) or (1, 128).
+      For each array float32 (slices, rows) or (1, rows); of no more elements than a sketch has, the elements.
     """
     xs = [_rows(x, axis) for x in _alike(xs)]
-    *sums, folded = xs if _is_few(xs[0].shape) else take(xs)
-    total = jnp.stack([jnp.sum(x.reshape(x.shape[0], math.prod(x.shape[1:])), 1) for x in map(whole, sums)])
-    return total, _fold(whole(folded))
+    found = xs if _is_few(xs[0].shape) else take(xs)
+    return [whole(x).reshape(x.shape[0], math.prod(x.shape[1:])) for x in found]
+
+
+def joined(found: list) -> tuple:
+    """What `rows` has found of each leaf, summed: all but the last, float32 (k, L), and sketches of the last (L, 128).
+
+    Leaves with equally many rows are summed together: after the kernels of the leaves there are only few more.
+    """
+    alike: dict = {}
+    for i, xs in enumerate(found):
+        alike.setdefault(xs[0].shape[1], []).append(i)
+    sums, sketches = [], []
+    for some in alike.values():
+        *those, last = (jnp.concatenate(column) for column in zip(*(found[i] for i in some), strict=True))
+        sums.append(jnp.stack([jnp.sum(x, 1) for x in those]))
+        sketches.append(_fold(last))
+    order = in_order([i for some in alike.values() for i in some], [xs[0].shape[0] for xs in found])
+    return jnp.concatenate(sums, axis=1)[:, order], jnp.concatenate(sketches)[order]
+
+
+def together(xs, axis, take=at_once) -> tuple:
+    """The same of one leaf alone."""
+    return joined([rows(xs, axis, take)])
+
+
+def in_order(made: list[int], sizes: list[int]):
+    """What brings columns into the order of the leaves, from that in which they were made; sizes: columns of each."""
+    ends = np.cumsum([sizes[i] for i in made])
+    place = {i: np.arange(end - sizes[i], end) for i, end in zip(made, ends, strict=True)}
+    index = np.concatenate([place[i] for i in range(len(made))])
+    return slice(None) if np.all(np.diff(index) == 1) else index
 
 
 def _alike(xs) -> list:
@@ -87,10 +116,9 @@ def _rows(x, axis):
 
 
 def _fold(rows):
-    """Rows (slices, ...) as sketches (slices, 128)."""
-    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % WIDTH if flat.shape[1] else WIDTH)))
-    return jnp.sum(flat.reshape(rows.shape[0], -1, WIDTH), 1)
+    """Rows (slices, rows) as sketches (slices, 128)."""
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % WIDTH if rows.shape[1] else WIDTH)))
+    return jnp.sum(rows.reshape(rows.shape[0], -1, WIDTH), 1)
 
 
 def is_small(x) -> bool:
@@ -106,12 +134,6 @@ def _spec(x):
 def whole(x):
     """The same on every device, where an explicit mesh shards it."""
     return jax.sharding.reshard(x, jax.P()) if any(part is not None for part in _spec(x)) else x
-
-
-def joined(found: list) -> tuple:
-    """What `together` has found, leaf after leaf: sums (k, L) and sketches (L, 128)."""
-    sums, sketches = zip(*found, strict=True)
-    return jnp.concatenate(sums, axis=1), jnp.concatenate(sketches)
 
 
 def _add(xs, ys):

@@ -295,8 +295,8 @@ def observe(
             return keep(new, old.memory, step.ok)
 
         def tied(x, p, u):
-            """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
-            if p is None or u is None or jnp.result_type(p).itemsize >= 4:
+            """x, tied to the new parameter: on TPU what waits for it is made in the kernel that makes it."""
+            if p is None or u is None:
                 return x
             if gate is not None:  # a guard around this observe will do so
                 u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
