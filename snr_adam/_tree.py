@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 
 def exportable(cls):
@@ -97,6 +98,11 @@ def nodes(kind, state) -> list:
 def as_array(x):
     """Python and NumPy numbers as arrays; arrays, tracers and ShapeDtypeStructs as they are."""
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+
+
+def is_bool(x) -> bool:
+    """Whether x is a truth value, of Python, NumPy or JAX: it passes for a number, and is none."""
+    return isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_
 
 
 def is_abstract(x) -> bool:

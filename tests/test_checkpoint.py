@@ -3,8 +3,13 @@ error that says why not."""
 
 import functools
 import json
+import pathlib
 import pickle
+import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
@@ -20,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 import snr_adam
 from snr_adam._bits import mix
 from snr_adam.state import digest
+from snr_adam.state._savers import unfinished
 from snr_adam.state.digest import manifest, verify
 from snr_adam.state.files import restore_state, save_state
 
@@ -253,6 +259,15 @@ def test_verify_says_what_is_another(other, match):
         verify(other, manifest(SMALL))
 
 
+NO_MANIFESTS = {"nothing": None, "a dict": {}, "words": ["w"], "short rows": [["w", "float32", []]]}
+
+
+@pytest.mark.parametrize("kind", NO_MANIFESTS)
+def test_what_is_no_manifest_is_refused(kind):
+    with pytest.raises(ValueError, match=r"manifest is damaged or none: it has .* Give what `manifest` has returned"):
+        verify(SMALL, NO_MANIFESTS[kind])
+
+
 def test_verify_names_the_damaged_leaf():
     damaged = {**SMALL, "count": jnp.int32(2)}
     with pytest.raises(ValueError, match=r"leaf count of 3 is damaged: its digest is not the one .* older checkpoint"):
@@ -270,6 +285,125 @@ def test_every_kind_of_leaf_comes_back(tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(this)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", jnp.float32)), this)
     assert bits(digest(restore_state(tmp_path, abstract))) == bits(digest(this))
+
+
+ALONE = {
+    "an array": jnp.arange(3.0),
+    "a number": 0.5,
+    "a key": jax.random.key(3),
+    "a NumPy number": np.float64(1 / 3),
+    "NumPy's kinds": {
+        "bool": np.bool_(True),
+        "int": np.int64(2**40),
+        "half": np.float16(0.1),
+        "complex": np.complex64(1j),
+    },
+    "a dict of nothing": {},
+    "dicts of nothing": {"a": {}, "b": ()},
+    "None": None,
+    "only None": {"a": None},
+    "only empty arrays": [jnp.zeros((0, 3))],
+    "an empty array": jnp.zeros((2, 0)),
+    "keys with separators": {"net/~/linear": {"w": jnp.ones(2)}, "net.b": jnp.zeros(2), "": jnp.ones(1)},
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_whatever_is_a_tree_comes_back(kind, tmp_path):
+    save_state(tmp_path, 1, ALONE[kind])
+    back = restore_state(tmp_path, ALONE[kind])
+    assert jax.tree.structure(back) == jax.tree.structure(ALONE[kind])
+    assert manifest(back) == manifest(ALONE[kind])
+
+
+STEPS = {
+    "numpy": np.int64(4),
+    "jax": jnp.int32(4),
+    "0-d": np.array(4),
+    "count": snr_adam.adam(0.1).init(SMALL["layer"])[0].count,
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_is_any_whole_number(kind, tmp_path):
+    save_state(tmp_path, STEPS[kind], SMALL)
+    verify(restore_state(tmp_path, SMALL, STEPS[kind]), manifest(SMALL))
+    assert [f.name for f in tmp_path.iterdir()] == [str(int(STEPS[kind]))]
+
+
+NO_STEPS = {
+    "1e3": (1e3, "step=1000.0 is of type float: must be a whole number >= 0, such as 1000"),
+    "-1": (-1, "step=-1: must be a whole number >= 0"),
+    "True": (True, "step=True is of type bool: must be"),
+    "a bool of NumPy": (np.bool_(True), "of type bool.*: must be"),
+    "a bool of JAX": (jnp.bool_(True), "step=Array.True, dtype=bool.* must be"),
+    "abc": ("abc", "step='abc' is of type str: must be"),
+    "3": ("3", "step='3' is of type str: must be"),
+    "a float of NumPy": (np.float32(3), "of type float32: must be"),
+    "a vector": (jnp.arange(2), "must be a whole number"),
+    "None": (None, "step=None is of type NoneType: must be"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_STEPS)
+def test_what_is_no_step_is_refused_before_anything_is_written(kind, tmp_path):
+    step, match = NO_STEPS[kind]
+    with pytest.raises(ValueError if type(step) is int else TypeError, match=match):
+        save_state(tmp_path, step, SMALL)
+    assert list(tmp_path.iterdir()) == []
+    if step is not None:
+        save_state(tmp_path, 3, SMALL)
+        with pytest.raises((TypeError, ValueError), match=match):
+            restore_state(tmp_path, SMALL, step)
+
+
+NO_STATES = {
+    "one name by a slash": (
+        {"a": {"b": jnp.ones(2)}, "a/b": jnp.zeros(2)},
+        ValueError,
+        r"two leaves are called a/b, float32\[2\] and float32\[2\]: rename a key",
+    ),
+    "one name by a dot": (
+        {"a": {"b": jnp.ones(2)}, "a.b": jnp.zeros(2)},
+        ValueError,
+        "leaves a/b and a.b would both be called 'a.b' in the checkpoint.*: rename a key",
+    ),
+    "one name deeper": (
+        {"a": [jnp.ones(2)], "a.0": jnp.zeros(3)},
+        ValueError,
+        "leaves a/0 and a.0 would both be called 'a.0'",
+    ),
+    "a string": ({"x": "text"}, TypeError, "leaf x is a str, which has no bits to read: keep it out of the state"),
+    "an array of strings": ({"x": np.array(["a"])}, TypeError, "leaf x is a ndarray of <U1, which has no bits"),
+    "an array of dates": (
+        {"x": np.array(["2020-01-01"], "datetime64[D]")},
+        TypeError,
+        "ndarray of datetime64.D., which",
+    ),
+    "records": ({"x": np.zeros(2, [("a", "f4")])}, TypeError, "leaf x is a ndarray of .*, which has no bits"),
+    "another order of bytes": ({"x": np.arange(4, dtype=">f4")}, TypeError, "leaf x is a ndarray of >f4, which"),
+    "objects": ({"x": np.array([None])}, TypeError, "leaf x is a ndarray of object, which has no bits"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_STATES)
+def test_what_cannot_come_back_is_refused_before_anything_is_written(kind, tmp_path):
+    state, error, match = NO_STATES[kind]
+    with pytest.raises(error, match=match):
+        save_state(tmp_path, 1, state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_saved_inside_of_jit(tmp_path):
+    with pytest.raises(TypeError, match="leaf w has no bits inside of jit: give what the compiled step has returned"):
+        jax.jit(lambda x: save_state(tmp_path, 1, x))({"w": jnp.ones(2)})
+
+
+def test_a_users_home_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_state("~/run", 1, SMALL)
+    assert (tmp_path / "run" / "1").is_dir()
+    verify(restore_state("~/run", SMALL), manifest(SMALL))
 
 
 def test_the_newest_or_the_one_asked_for(tmp_path):
@@ -325,6 +459,23 @@ def edit_manifest(step_dir, old, new):
     file.write_text(file.read_text().replace(old, new))
 
 
+def write_manifest(step_dir, change):
+    file = step_dir / "manifest" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def edit_leaf(step_dir, change):
+    write_manifest(step_dir, lambda m: {**m, "leaves": [change(m["leaves"][0]), *m["leaves"][1:]]})
+
+
+def without(of, key):
+    return {name: x for name, x in of.items() if name != key}
+
+
+def twice(of):
+    return {**of, "leaves": [of["leaves"][0], *of["leaves"]]}
+
+
 DAMAGE = {
     "half-written": (
         half_written,
@@ -342,6 +493,38 @@ DAMAGE = {
     "manifest's digest": (
         lambda d: edit_manifest(d, manifest(LARGE)[0].digest, "0" * 16),
         "leaf count of 3 is damaged: its digest is not the one",
+    ),
+    "a list for a manifest": (lambda d: write_manifest(d, lambda m: [m]), "its manifest is missing or damaged"),
+    "no step in the manifest": (
+        lambda d: write_manifest(d, lambda m: without(m, "step")),
+        "its manifest is missing or",
+    ),
+    "no number for a step": (
+        lambda d: write_manifest(d, lambda m: {**m, "step": "7"}),
+        "its manifest is missing or dam",
+    ),
+    "form 0": (lambda d: write_manifest(d, lambda m: {**m, "form": 0}), "its manifest is missing or damaged"),
+    "no number for a form": (
+        lambda d: write_manifest(d, lambda m: {**m, "form": True}),
+        "its manifest is missing or dam",
+    ),
+    "leaves that are none": (
+        lambda d: write_manifest(d, lambda m: {**m, "leaves": 3}),
+        "its manifest is missing or dam",
+    ),
+    "a leaf cut short": (lambda d: edit_leaf(d, lambda row: row[:3]), "its manifest is missing or damaged"),
+    "a leaf without a name": (
+        lambda d: edit_leaf(d, lambda row: [None, *row[1:]]),
+        "its manifest is missing or damaged",
+    ),
+    "a shape of words": (
+        lambda d: edit_leaf(d, lambda row: [*row[:2], ["a"], row[3]]),
+        "its manifest is missing or dam",
+    ),
+    "a leaf twice": (lambda d: write_manifest(d, twice), "two leaves are called count, int32.. and int32..: rename"),
+    "a leaf less": (
+        lambda d: write_manifest(d, lambda m: {**m, "leaves": m["leaves"][1:]}),
+        "the saved state has no leaf that this one has not, and lacks leaf count",
     ),
     "flipped": (flip, "leaf layer/w .*is damaged|cannot be read .at leaf layer/w"),
     "renamed": (lambda d: d.rename(d.with_name("8")), "checkpoint .*/8: it was saved as step 7 and renamed since"),
@@ -410,9 +593,43 @@ def test_a_step_is_not_written_twice(tmp_path):
 
 
 def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
+    """Also what a version left that wrote as Orbax does, of the step that is saved."""
     save_state(tmp_path, 1, SMALL)
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / ".unfinished-dead").mkdir()
+    (tmp_path / ".unfinished-dead" / "owner").write_text("held")
     verify(restore_state(tmp_path, SMALL), manifest(SMALL))
     assert (tmp_path / "2.orbax-checkpoint-tmp").exists()  # a reader clears nothing away
     save_state(tmp_path, 2, SMALL)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_who_saves_at_the_same_time_is_left_alone(tmp_path):
+    """By this process, by another, and by one that has just begun; also where there are no locks."""
+    other = "import sys; from snr_adam.state._savers import unfinished\nwith unfinished(sys.argv[1]): print(1); input()"
+    (tmp_path / ".unfinished-new").mkdir()
+    (tmp_path / ".unfinished-new" / "owner").touch()  # not held yet, or never
+    with subprocess.Popen(
+        [sys.executable, "-c", other, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "1\n"
+        with unfinished(str(tmp_path)) as mine:
+            save_state(tmp_path, 1, SMALL)
+            left = {f.name for f in tmp_path.iterdir()}
+            assert len(left) == 4
+            assert {"1", ".unfinished-new", pathlib.Path(mine).name} < left
+        process.kill()
+    save_state(tmp_path, 2, SMALL)
+    assert {f.name for f in tmp_path.iterdir()} == {"1", "2", ".unfinished-new"}
+
+
+def test_of_two_that_save_one_step_one_wins(tmp_path):
+    """And the loser is told, in words, after it has written all it had."""
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(save_state, tmp_path, 1, {"w": jnp.full(1000, k)}) for k in range(4)]
+    told = [run.exception() for run in runs]
+    won = [k for k, error in enumerate(told) if error is None]
+    assert len(won) == 1
+    assert all(re.search("has a checkpoint 1 already", str(error)) for error in told if error)
+    verify(restore_state(tmp_path, {"w": jnp.zeros(1000, int)}), manifest({"w": jnp.full(1000, won[0])}))
+    assert [f.name for f in tmp_path.iterdir()] == ["1"]

@@ -23,6 +23,7 @@ LAYERS = (
         "accumulation",
         "guard",
         "precision",
+        "state._savers",
         "state.digest",
         "state.footprint",
         "state.migration",
