@@ -1,8 +1,10 @@
 """A digest sees every bit, on any number of devices, in one read; what comes back from a disk is what was saved, or an
 error that says why not."""
 
+import errno
 import functools
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -596,8 +598,9 @@ def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
     """Also what a version left that wrote as Orbax does, of the step that is saved."""
     save_state(tmp_path, 1, SMALL)
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    (tmp_path / ".unfinished-dead").mkdir()
-    (tmp_path / ".unfinished-dead" / "owner").write_text("held")
+    (tmp_path / ".unfinished-dead" / "2").mkdir(parents=True)
+    (tmp_path / ".unfinished-dead.lock").touch()
+    (tmp_path / ".unfinished-not-begun.lock").touch()
     verify(restore_state(tmp_path, SMALL), manifest(SMALL))
     assert (tmp_path / "2.orbax-checkpoint-tmp").exists()  # a reader clears nothing away
     save_state(tmp_path, 2, SMALL)
@@ -605,22 +608,33 @@ def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
 
 
 def test_who_saves_at_the_same_time_is_left_alone(tmp_path):
-    """By this process, by another, and by one that has just begun; also where there are no locks."""
+    """By this process, by another until it is killed, and where there are no locks."""
     other = "import sys; from snr_adam.state._savers import unfinished\nwith unfinished(sys.argv[1]): print(1); input()"
-    (tmp_path / ".unfinished-new").mkdir()
-    (tmp_path / ".unfinished-new" / "owner").touch()  # not held yet, or never
+    (tmp_path / ".unfinished-without-lock").mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", other, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "1\n"
         with unfinished(str(tmp_path)) as mine:
+            before = {f.name for f in tmp_path.iterdir()}
+            assert len(before) == 5
+            assert pathlib.Path(mine).name in before
             save_state(tmp_path, 1, SMALL)
-            left = {f.name for f in tmp_path.iterdir()}
-            assert len(left) == 4
-            assert {"1", ".unfinished-new", pathlib.Path(mine).name} < left
+            assert {f.name for f in tmp_path.iterdir()} == {*before, "1"}
         process.kill()
     save_state(tmp_path, 2, SMALL)
-    assert {f.name for f in tmp_path.iterdir()} == {"1", "2", ".unfinished-new"}
+    assert {f.name for f in tmp_path.iterdir()} == {"1", "2", ".unfinished-without-lock"}
+
+
+def test_saves_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "lockf", refused)
+    (tmp_path / ".unfinished-other").mkdir()
+    save_state(tmp_path, 1, SMALL)
+    verify(restore_state(tmp_path, SMALL), manifest(SMALL))
+    assert {f.name for f in tmp_path.iterdir()} == {"1", ".unfinished-other"}
 
 
 def test_of_two_that_save_one_step_one_wins(tmp_path):

@@ -113,7 +113,7 @@ def kill_saves(directory, times: int):
         listen(other, k + 1)
         newest = restore_state(directory, runs.recognisable(0, 0))
         assert int(newest["count"]) >= max(saved)
-        unfinished += sum(path.name.startswith(".") for path in directory.iterdir()) > 1
+        unfinished += len(list(directory.glob(".*.lock"))) > 1
         savers = [other, Saver(directory, k + 2)]
     for who, saver in enumerate(savers, times):
         saver.kill()
