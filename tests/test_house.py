@@ -16,7 +16,7 @@ LAYERS = (
     {"deviation", "step"},
     {"_look"},
     {"transform"},
-    {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
+    {"_moments", "telemetry._averages", "telemetry._reading", "telemetry._sums", "telemetry.groups"},
     {"telemetry._outside", "telemetry._seen", "telemetry.noise_scale"},
     {"telemetry.text"},
     {
