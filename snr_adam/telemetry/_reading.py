@@ -59,6 +59,9 @@ def of_npz(path: Path) -> Iterator[Any]:
         raise ValueError("it is no zip file")
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         _check(path, str(file["format"]) if "format" in file else None)
+        strange = [key for key in file if key not in ("format", "steps", "names", PARTS) and not key.startswith(GROUPS)]
+        if strange:
+            raise ValueError(f"it has {strange[0]!r}, which is no part of a history")
         there = [key for key in file if key.startswith(GROUPS)]
         if PARTS in file and sorted(there) != sorted(map(str, file[PARTS])):  # older files do not say
             raise ValueError(f"it has {there} and should have {file[PARTS].tolist()}")

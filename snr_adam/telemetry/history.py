@@ -216,11 +216,11 @@ def _of(formats: Mapping[str, Any], path: Path):
 
 
 def _write_npz(history: History, path: Path) -> None:
-    arrays = {f"columns/{key}": values for key, values in history.columns.items()}
+    arrays: dict[str, Any] = {f"columns/{key}": values for key, values in history.columns.items()}
     arrays |= {f"total/{key}": values for key, values in history.total.items()}
-    arrays[PARTS] = np.array(list(arrays), str)
+    arrays = {"format": FORMAT, PARTS: np.array(list(arrays), str), **arrays}
     with path.open("wb") as file:
-        np.savez_compressed(file, format=FORMAT, steps=history.steps, names=np.array(history.names, str), **arrays)
+        np.savez_compressed(file, **arrays, steps=history.steps, names=np.array(history.names, str))
 
 
 def _write_jsonl(history: History, path: Path) -> None:
