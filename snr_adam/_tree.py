@@ -120,6 +120,26 @@ def init_like(init, p):
     )
 
 
+def check_arrays(what: str, tree, leaves) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers."""
+    for i, x in enumerate(leaves):
+        if x is not None and _kind(x).kind == "O":
+            raise TypeError(
+                f"{what} {named_leaves(tree)[i][0]} has {_described(x)}, which is no array: give the arrays of the "
+                "model alone, for instance eqx.filter(model, eqx.is_inexact_array)"
+            )
+
+
+def check_sizes(why: str, *shapes) -> None:
+    """Raises ValueError for shapes with sizes that are not known yet, as `jax.export` has them."""
+    for shape in shapes:
+        if not all(isinstance(size, (int, np.integer)) for size in shape):
+            raise ValueError(
+                f"{why}, and an array has the shape ({', '.join(map(str, shape))}): export the step for the shapes of "
+                "the model that it trains, without symbolic ones"
+            )
+
+
 def check_floating(what: str, tree, leaves) -> None:
     """Raises TypeError, naming the leaf, unless all leaves are floating or complex numbers."""
     for i, x in enumerate(leaves):

@@ -23,13 +23,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from snr_adam import _tree
 from snr_adam.state._savers import publish, unfinished
 from snr_adam.state.digest import compare, manifest, rows_of, verify
 from snr_adam.state.forms import FORM, earlier, renewed
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError as error:
+    if error.name not in ("orbax", "orbax.checkpoint"):
+        raise
+    raise ModuleNotFoundError(
+        "snr_adam.state.files saves with orbax-checkpoint, which is not installed: pip install 'snr_adam[files]'",
+        name=error.name,
+    ) from error
 
 _one_at_a_time = threading.Lock()  # threads that save at once write into each other's files in Orbax
 

@@ -13,6 +13,7 @@ import numpy as np
 from snr_adam import _tree
 from snr_adam._look import Seen
 from snr_adam._numerics import Average, abs_sq, widen
+from snr_adam._tree import check_sizes
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Memory
@@ -43,6 +44,7 @@ def _layer_axis(rule, path: str, shape) -> int | None:
 def observed_in(tree, found, rule) -> list[Leaf]:
     """The leaves that have a first moment."""
     leaves, start = [], 0
+    check_sizes("observe: a look sums in blocks, whose sizes must be known", *(jnp.shape(m.mu) for m in found if m))
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
             axis = _layer_axis(rule, path, jnp.shape(x))

@@ -81,6 +81,8 @@ class History:
         self._steps: list[int] = []
         self.names: tuple[str, ...] = ()
         self.columns, self.total = Series(), Series()
+        if hasattr(reports, "columns") or not isinstance(reports, Iterable):
+            raise TypeError(f"History: got a {type(reports).__name__}, give a list of reports: of one alone, [report]")
         for report in reports:
             self.append(report)
 

@@ -22,24 +22,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from snr_adam.telemetry import _matplotlib as mpl
+from snr_adam.telemetry._matplotlib import Axes, Figure
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
-_COLORS = colormaps["viridis"].with_extremes(bad="#dddddd")
+_COLORS = mpl.colormaps["viridis"].with_extremes(bad="#dddddd")
 _MULTIPLES = {1: "floor", 1.25: "1.25", 1.5: "1.5", 2: "2", 3: "3", 4: "4", 6: "6", 10: "10"}
 _NAMED_LAYERS = 40  # more names than these cannot be read on one axis
 _GRADIENT = "loss per unit of weight"
 _STEPS = "steps (updates)"
-_THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.10g}")
+_THOUSANDS = mpl.FuncFormatter(lambda x, _: f"{x:,.10g}")
 _UNITS = {
     "signal": f"signal ({_GRADIENT})",
     "noise": f"noise ({_GRADIENT})",
@@ -236,7 +232,7 @@ def _over_floor(history: History) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    return Figure(figsize=(width, height), dpi=100, layout=mpl.ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
 
 
 def _height(layers: Sequence[Any]) -> float:
@@ -285,15 +281,15 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     if len(names) <= _NAMED_LAYERS:
         axes.set_yticks(range(len(names)), names, fontsize=8)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(mpl.MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(_THOUSANDS)
         axes.set_ylabel(f"number of the layer, of {len(names):,}")
 
 
-def _norm(values: np.ma.MaskedArray, key: str) -> Normalize:
+def _norm(values: np.ma.MaskedArray, key: str) -> mpl.Normalize:
     """From the 1st to the 99th percentile; an SNR from its floor, 1, on."""
     known = values.compressed()
     if key == "pseudo_snr":
-        return LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
+        return mpl.LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
     low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
-    return LogNorm(low, high) if low > 0 and high > 10 * low else Normalize(low, high)
+    return mpl.LogNorm(low, high) if low > 0 and high > 10 * low else mpl.Normalize(low, high)

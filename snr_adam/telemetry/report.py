@@ -32,6 +32,8 @@ import numpy as np
 
 from snr_adam import _moments as moments
 from snr_adam import _tree
+from snr_adam._checks import check_pattern
+from snr_adam._given import check_known, readable
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import Last, Means, errors, newest_weight
 from snr_adam.telemetry.noise_scale import from_scalars
@@ -139,7 +141,11 @@ class Report:
         A layer belongs to the first pattern that it matches; those that match none are left out of the rows, and stay
         in the total.
         """
+        if isinstance(patterns, str):
+            raise TypeError(f"group: give a list of patterns, [{patterns!r}], or a dict from names to patterns")
         named = patterns if isinstance(patterns, Mapping) else {pattern: pattern for pattern in patterns}
+        for pattern in named.values():
+            check_pattern("group", pattern)
         first = [next((key for key, pattern in named.items() if re.search(pattern, name)), None) for name in self.names]
         kept = [key for key in named if key in first]
         parts = [self.raw.pick(np.array([key == name for name in first], bool)).add() for key in kept]
@@ -213,8 +219,12 @@ def report(opt_state, batch_size: float | None = None) -> Report:
       A `Report`; `print(report(opt_state))` shows it.
 
     Raises:
-      ValueError: if the state holds nothing observed.
+      ValueError: if the state holds nothing observed, if it is that of several runs at once (take one of them, or
+        report each), and if it came back from a disk as dicts or lists.
+      TypeError: inside of jit.
     """
+    check_known("report", opt_state)
+    opt_state = readable("report", opt_state, ObserveState)
     states = _tree.nodes(ObserveState, opt_state)
     if not states:
         raise ValueError(
