@@ -130,14 +130,13 @@ def check_arrays(what: str, tree, leaves) -> None:
             )
 
 
-def check_sizes(why: str, *shapes) -> None:
-    """Raises ValueError for shapes with sizes that are not known yet, as `jax.export` has them."""
-    for shape in shapes:
-        if not all(isinstance(size, (int, np.integer)) for size in shape):
-            raise ValueError(
-                f"{why}, and an array has the shape ({', '.join(map(str, shape))}): export the step for the shapes of "
-                "the model that it trains, without symbolic ones"
-            )
+def check_sizes(why: str, shape, first: int = 0) -> None:
+    """Raises ValueError for a shape with sizes, from that axis on, that are not known yet, as `jax.export` has them."""
+    if not all(isinstance(size, (int, np.integer)) for size in shape[first:]):
+        raise ValueError(
+            f"{why}, and an array has the shape ({', '.join(map(str, shape))}): export the step for the shapes of the "
+            "model that it trains, without symbolic ones"
+        )
 
 
 def check_floating(what: str, tree, leaves) -> None:

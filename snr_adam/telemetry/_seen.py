@@ -44,9 +44,9 @@ def _layer_axis(rule, path: str, shape) -> int | None:
 def observed_in(tree, found, rule) -> list[Leaf]:
     """The leaves that have a first moment."""
     leaves, start = [], 0
-    check_sizes("observe: a look sums in blocks, whose sizes must be known", *(jnp.shape(m.mu) for m in found if m))
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
+            check_sizes("observe: a look sums in blocks, whose sizes must be known", jnp.shape(x))
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
             leaves.append(Leaf(i, path, axis, slice(start, stop)))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from snr_adam.telemetry import _matplotlib as mpl
-from snr_adam.telemetry._matplotlib import Axes, Figure
+from snr_adam.telemetry._matplotlib import Axes, Figure, LogNorm, Normalize
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
@@ -286,10 +286,10 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
         axes.set_ylabel(f"number of the layer, of {len(names):,}")
 
 
-def _norm(values: np.ma.MaskedArray, key: str) -> mpl.Normalize:
+def _norm(values: np.ma.MaskedArray, key: str) -> Normalize:
     """From the 1st to the 99th percentile; an SNR from its floor, 1, on."""
     known = values.compressed()
     if key == "pseudo_snr":
-        return mpl.LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
+        return LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
     low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
-    return mpl.LogNorm(low, high) if low > 0 and high > 10 * low else mpl.Normalize(low, high)
+    return LogNorm(low, high) if low > 0 and high > 10 * low else Normalize(low, high)
