@@ -8,7 +8,8 @@ the descent does with their ratio.
 
     train      adam, adamw, nadam, nadamw, adamax, adamaxw, amsgrad, adabelief, yogi, radam, rmsprop, lion, adopt,
                ademamix, lamb, centered_adam: the arguments of their namesakes in Optax, and storage=
-    build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain
+    build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain; scale_by_adam: the
+               former from Adam's numbers
     protect    guard, health: skip steps that are not finite, clip the others; check_hyperparams: traced numbers too
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
@@ -37,6 +38,7 @@ from snr_adam.optimizers import (
     nadamw,
     radam,
     rmsprop,
+    scale_by_adam,
     yogi,
 )
 from snr_adam.precision import carry_remainder
@@ -73,6 +75,7 @@ __all__ = [
     "radam",
     "report",
     "rmsprop",
+    "scale_by_adam",
     "scale_by_snr",
     "to_optax",
     "yogi",

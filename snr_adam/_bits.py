@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._compiler import hidden
+from snr_adam._tree import check_sizes
 
 
 def mix(x):
@@ -40,6 +41,7 @@ def seeds_at(count, arrays: int) -> list[Seed]:
 
 def element_index(shape: tuple[int, ...]) -> jax.Array:
     """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
+    check_sizes("stochastic rounding numbers the elements of an array, whose sizes must be known", shape, 1)
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

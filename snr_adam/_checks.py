@@ -13,11 +13,14 @@ import dataclasses
 import inspect
 import math
 import numbers
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import checkify
 
 
@@ -66,6 +69,8 @@ def check_arguments(owner: str, arguments: dict) -> None:
     for name, value in arguments.items():
         if name == "learning_rate":
             _check_tree(f"{owner}: {name}", value)
+        elif name == "mask":
+            check_mask(owner, value)
         elif name in RANGES:
             _check(f"{owner}: {name}", value, RANGES[name], name)
 
@@ -102,6 +107,63 @@ def check_hyperparams(**hyperparams) -> None:
             checkify.debug_check(within, f"{name}={{x}}: must be {RANGES[name].words}", x=value)
         else:
             _check(name, value, RANGES[name], name)
+
+
+def check_optimizer(owner: str, tx):
+    """`tx`, ready for extra arguments; raises TypeError unless it is an optimizer."""
+    if isinstance(tx, optax.GradientTransformation):
+        return optax.with_extra_args_support(tx)
+    instead = f"write {owner}(snr_adam.adamw(1e-3))"
+    if hasattr(tx, "gradient_transformation"):
+        instead = f"write {owner}(tx.gradient_transformation())"
+    elif callable(tx):
+        instead = f"call it first, {owner}({getattr(tx, '__name__', 'make')}(1e-3))"
+    raise TypeError(f"{owner}: tx={tx!r:.80} is of type {type(tx).__name__}, no optimizer: {instead}")
+
+
+def check_whole(what: str, value, least: int = 1, words: str = "") -> int:
+    """A whole number, of Python or NumPy, of at least so much."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+    if not whole or value < least:
+        raise ValueError(f"{what}={value!r}: must be an int >= {least}{words}")
+    return int(value)
+
+
+def check_pattern(what: str, pattern) -> re.Pattern:
+    """A regular expression, compiled."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{what}: the pattern {pattern!r} is no regular expression ({error}): to find a name as it is, write "
+            "re.escape(name)"
+        ) from error
+
+
+def check_layer_axis(owner: str, rule) -> None:
+    """Which axis stacks layers: an int, a dict from patterns to ints, or None."""
+    by_pattern = isinstance(rule, Mapping)
+    for pattern, axis in rule.items() if by_pattern else ((None, rule),):
+        if by_pattern:
+            check_pattern(f"{owner}: layer_axis", pattern)
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
+            raise TypeError(
+                f"{owner}: layer_axis={rule!r}: must be an int, a dict from patterns to ints, or None where no axis "
+                "stacks layers"
+            )
+
+
+def check_mask(owner: str, mask) -> None:
+    """A mask is None, a function, or a tree of truth values."""
+    if mask is None or callable(mask):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask, is_leaf=lambda x: x is None):
+        if not (leaf is None or isinstance(leaf, bool) or getattr(leaf, "dtype", None) == np.bool_):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{owner}: mask{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
+                "tree of True and False that is a prefix of the parameters, or a function from them to one"
+            )
 
 
 def check_part(owner: str, name: str, part, kind, example: str) -> None:

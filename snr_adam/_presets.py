@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._checks import check_arguments
+from snr_adam._recipe import made_by
 
 Make = TypeVar("Make", bound=Callable[..., Any])
 
@@ -95,7 +96,7 @@ def preset(make: Make) -> Make:
         if isinstance(kwargs.get("mask"), _Held):
             kwargs["mask"] = kwargs["mask"].mask
         held.checked(args, kwargs)
-        return make(*args, **kwargs)
+        return made_by(made, signature, make(*args, **kwargs), args, kwargs)
 
     vars(made)["__signature__"] = held
     return made  # type: ignore[return-value]

@@ -28,8 +28,10 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
+from snr_adam._checks import check_optimizer
 from snr_adam._compiler import never
 from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
+from snr_adam._recipe import with_recipe
 
 
 @_tree.exportable
@@ -52,6 +54,7 @@ class AccumulateState(NamedTuple):
     inner: Any
 
 
+@with_recipe
 def accumulate(
     tx: optax.GradientTransformation, every: int | Callable[[jax.Array], Any]
 ) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +85,7 @@ def accumulate(
     """
     if isinstance(every, int) and every < 1:
         raise ValueError(f"every={every}: a step needs at least 1 microbatch")
-    tx = optax.with_extra_args_support(tx)
+    tx = check_optimizer("accumulate", tx)
 
     def init(params):
         leaves, outer = _tree.flatten(params)
@@ -93,6 +96,8 @@ def accumulate(
         return AccumulateState(count, steps, outer.unflatten(buffer), piece, mean, tx.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        for what, tree in (("gradient", updates), ("parameter", params)):
+            _tree.check_arrays(f"accumulate: {what}", tree, _tree.flatten(tree)[0])
         n = jnp.asarray(every(state.steps) if callable(every) else every, jnp.int32)
         grads = jax.tree.map(_tree.as_array, updates)
         like, _ = jax.eval_shape(tx.update, grads, state.inner, params, **extra_args)

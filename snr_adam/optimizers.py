@@ -24,7 +24,7 @@ from snr_adam._presets import preset
 from snr_adam.descent import TrustRatio
 from snr_adam.step import OPEN, Gate
 from snr_adam.storage import Cast, Name, Storage
-from snr_adam.transform import Rate, descend, wrong_state
+from snr_adam.transform import Rate, descend, scale_by_snr, wrong_state
 
 Mask: TypeAlias = Any
 Tx: TypeAlias = optax.GradientTransformationExtraArgs
@@ -73,6 +73,36 @@ def _momentum(decay, nesterov: bool) -> Tx:
         return us, new
 
     return optax.GradientTransformationExtraArgs(trace.init, update)
+
+
+@preset
+def scale_by_adam(
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    storage: Name | Storage = "float32",
+) -> Tx:
+    """Adam's ratio without a learning rate: `optax.scale_by_adam`, for chains and configurations of names and numbers.
+
+    u = m^ / (sqrt(v^ + eps_root) + eps); the same as `scale_by_snr(EMA(b1), RMS(b2, eps, eps_root), storage)`.
+
+    Args, Raises: as `adam`.
+
+    Returns:
+      A transformation with state `ScaleBySnrState`, to be followed by `optax.scale_by_learning_rate`.
+
+    >>> tx = scale_by_adam(b1=0.5, b2=0.5)
+    >>> updates, state = tx.update(jax.numpy.array([3.0, -0.5]), tx.init(jax.numpy.zeros(2)))
+    >>> print(updates.round(5))
+    [ 1. -1.]
+
+    Reference: Kingma & Ba, Adam: A Method for Stochastic Optimization, arXiv 1412.6980, Algorithm 1.
+    """
+    return scale_by_snr(_average(b1, nesterov), n.RMS(b2, eps, eps_root), _stored(storage, mu_dtype))
 
 
 @preset

@@ -20,6 +20,7 @@ from snr_adam._checks import check_arguments, check_part
 from snr_adam._compiler import unseen_zero, with_moments
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
+from snr_adam._recipe import with_recipe
 from snr_adam.descent import Decoupled, Descent, decays
 from snr_adam.noise import RMS, Noise
 from snr_adam.shared import Shared, SharedNoise
@@ -33,7 +34,8 @@ Rate: TypeAlias = Hyper | Mapping[Any, "Rate"] | list[Any] | tuple["Rate", ...]
 
 @_tree.exportable
 class ScaleBySnrState(NamedTuple):
-    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`.
+    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`, whose
+    instance it is not.
 
     count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
     mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).
@@ -220,6 +222,7 @@ def _build(owner: str, signal, noise, storage, descent, per_leaf=_PerLeaf()):
     return _lift(_Memory(Rule(signal, inside, storage, descent), axes_of), per_leaf)
 
 
+@with_recipe
 def scale_by_snr(
     signal: Signal = EMA(), noise: Noise | Shared = RMS(), storage: Name | Storage = "float32"
 ) -> optax.GradientTransformationExtraArgs:
@@ -253,6 +256,7 @@ def scale_by_snr(
     return _build("scale_by_snr", signal, noise, storage, Decoupled())
 
 
+@with_recipe
 def descend(
     learning_rate: Rate,
     signal: Signal = EMA(),
@@ -288,5 +292,5 @@ def descend(
     >>> print(updates.round(1))
     [-1.5  2. ]
     """
-    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
+    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask})
     return _build("descend", signal, noise, storage, descent, _PerLeaf(learning_rate, weight_decay, mask))

@@ -35,9 +35,7 @@ class Workload(NamedTuple):
 def _dense(key, *widths):
     keys = jax.random.split(key, len(widths))
     pairs = zip(keys, itertools.pairwise(widths), strict=False)
-    return [
-        {"w": jax.random.normal(k, pair) * (2 / pair[0]) ** 0.5, "b": jnp.zeros(pair[1])} for k, pair in pairs
-    ]
+    return [{"w": jax.random.normal(k, pair) * (2 / pair[0]) ** 0.5, "b": jnp.zeros(pair[1])} for k, pair in pairs]
 
 
 def _mlp(layers, x):
@@ -60,9 +58,7 @@ def _digits(wrong: float = 0.0, size: int = 600):
 
 
 def mlp(wrong: float = 0.0) -> Workload:
-    return Workload(
-        lambda key: _dense(key, 64, 24, 10), lambda p, x, y: _cross_entropy(_mlp(p, x), y), _digits(wrong)
-    )
+    return Workload(lambda key: _dense(key, 64, 24, 10), lambda p, x, y: _cross_entropy(_mlp(p, x), y), _digits(wrong))
 
 
 def logistic() -> Workload:

@@ -10,6 +10,7 @@ import gc
 import json
 import pathlib
 import pickle
+import shutil
 import sys
 
 import flax.serialization
@@ -23,6 +24,7 @@ from snr_adam.parts import RMS, Cast, Shared
 from snr_adam.state.files import restore_state, save_state
 
 STEPS = 20
+KEPT = 10  # of the checkpoints that are saved for ever
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
 # name -> the parameters' dtype, the optimizer
 RUNS = {
@@ -126,18 +128,31 @@ def resume(folder: pathlib.Path):
     return {"resumed": resumed, "wrong": wrong}
 
 
-def save_for_ever(directory, first: int, done):
-    """Saves one state after the other, each recognisable, and reports the steps that are on disk."""
-    step = first
+def save_for_ever(directory, who: int, done):
+    """Saves one state after the other, each recognisable, and tells the steps that it has saved.
+
+    Another process does the same in this directory, and takes some of the steps. The last KEPT of them are kept.
+    """
     while True:
-        save_state(directory, step, recognisable(step))
-        done.send(step)
-        step += 1
+        there = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        for old in there[:-KEPT]:
+            shutil.rmtree(directory / str(old), ignore_errors=True)
+        step = max(there, default=0) + 1
+        try:
+            save_state(directory, step, recognisable(step, who))
+        except ValueError as error:
+            if "has a checkpoint" not in str(error):
+                raise
+        else:
+            done.send(step)
 
 
-def recognisable(step: int):
-    """A state that says in every element which step it is of."""
-    return {"w": jnp.full((128, 128), step, jnp.float32), "count": jnp.int32(step), "m": [jnp.full(1000, -step)] * 2}
+def recognisable(step: int, who: int):
+    """A state that says in every element which step it is of, and who has saved it."""
+    return {
+        "w": jnp.full((128, 128), step, jnp.float32),
+        **{"count": jnp.int32(step), "who": jnp.int32(who), "m": [jnp.full(1000, -step), jnp.full(1000, who)]},
+    }
 
 
 if __name__ == "__main__":

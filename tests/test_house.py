@@ -10,19 +10,20 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
-    {"_checks", "_compiler", "_tree"},
-    {"_bits", "_numerics"},
+    {"_checks", "_compiler", "_recipe", "_tree"},
+    {"_bits", "_given", "_numerics"},
     {"descent", "noise", "shared", "signal", "storage"},
     {"deviation", "step"},
     {"_look"},
     {"transform"},
     {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
     {"telemetry._outside", "telemetry._seen", "telemetry.noise_scale"},
-    {"telemetry.text"},
+    {"telemetry._matplotlib", "telemetry._reading", "telemetry.text"},
     {
         "accumulation",
         "guard",
         "precision",
+        "state._savers",
         "state.digest",
         "state.footprint",
         "state.migration",
@@ -39,7 +40,7 @@ LAYERS = (
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
 LONGEST = {"optimizers": 600, "step": 200}
-RIM = {"telemetry.plots": {"matplotlib"}, "state.files": {"orbax"}}
+RIM = {"telemetry._matplotlib": {"matplotlib"}, "state.files": {"orbax"}}
 
 
 def imported(node) -> list[str]:
@@ -58,13 +59,15 @@ def complaints(module: str, source: str) -> list[str]:
     if module not in LAYER:
         return [f"{module} is in no layer: add it to LAYERS"]
     tree = ast.parse(source)
-    found = []
+    found, at_the_top = [], list(tree.body)
+    if module in RIM:  # what is missing there is said in a sentence
+        at_the_top += [node for part in tree.body if isinstance(part, ast.Try) for node in part.body]
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "__import__":
             found.append(f"{module}: __import__ hides an import")
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
-        if node not in tree.body:
+        if node not in at_the_top:
             found.append(f"{module}:{node.lineno}: lazy import")
         for name in imported(node):
             top, *rest = name.split(".")
@@ -122,6 +125,8 @@ def test_no_module_is_too_long():
         ("__init__", "import matplotlib"),
         ("attic", "import jax"),
         ("state.files", "import matplotlib"),
+        ("transform", "try:\n    import flax\nexcept ImportError:\n    pass"),
+        ("telemetry.plots", "import matplotlib"),
         ("telemetry.text", "from snr_adam.telemetry import report"),
     ],
 )
@@ -136,7 +141,7 @@ def test_a_wrong_import_is_found(module, source):
             "optimizers",
             "import math\nimport jax.numpy as jnp\nfrom optax import chain\nfrom snr_adam import noise as n",
         ),
-        ("telemetry.plots", "import matplotlib.pyplot as plt\nfrom snr_adam.telemetry import observe"),
+        ("telemetry._matplotlib", "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    raise"),
     ],
 )
 def test_a_right_import_is_not(module, source):

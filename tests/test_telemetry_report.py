@@ -255,7 +255,9 @@ def test_a_metric_is_what_its_name_says():
 def test_metrics_of_layers_are_their_numbers():
     with reported(LAYERS) as seen:
         few, all_of_it = loggers.metrics(None, "x/"), loggers.metrics(None, "x/", layers=True)
-    rows = {f"x/{key}/{name}": column[i] for key, column in seen.columns.items() for i, name in enumerate(seen.names)}
+    rows = {
+        f"x/layer/{key}/{name}": column[i] for key, column in seen.columns.items() for i, name in enumerate(seen.names)
+    }
     assert all_of_it == few | rows
 
 
@@ -311,9 +313,18 @@ def test_metrics_are_plain_finite_floats_under_clean_names():
     assert len(few) < 30
     assert all(type(x) is float and np.isfinite(x) for x in many.values())
     assert few["snr/snr"] == snr_adam.report(state).total["snr"]
-    assert "x/snr/mlp/linear_0/w" in many
+    assert "x/layer/snr/mlp/linear_0/w" in many
     assert all(re.fullmatch(r"[\w\-./ ]+", key) and "//" not in key for key in many)
     assert metric_name("layers/kernel[3]") == "layers/kernel.3"
+
+
+def test_no_key_is_a_folder_of_another():
+    """Which MLflow's store of files refuses; histograms are logged beside them."""
+    state = _after(snr_adam.observe(optax.adam(0.1)), {"signal": jnp.ones((2, 3)), "enc": {"kernel": jnp.ones(4)}})
+    keys = [*snr_adam.metrics(state, layers=True), *snr_adam.telemetry.histograms(state)]
+    assert "snr/layer/signal/enc/kernel" in keys
+    folders = {key.rsplit("/", n)[0] for key in keys for n in range(1, key.count("/") + 1)}
+    assert not folders & set(keys)
 
 
 def test_histograms_count_every_layer_that_has_a_number():

@@ -20,6 +20,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._bits import random_bits, seeds_at
+from snr_adam._given import boxed_like, plain, readable
 from snr_adam._moments import Moments, is_adam, of_adam
 from snr_adam._numerics import mean_onto
 from snr_adam.shared import SharedNoise
@@ -147,16 +148,18 @@ def _in_full(state, kind):
     )
 
 
-def _to(kind, state, like):
-    """`state` with its Adams as `kind`, in the form of `like`."""
-    like = _in_full(state, kind) if like is None else like
+def _to(owner: str, kind, state, like):
+    """`state` with its Adams as `kind`, in the form of `like`, and in its boxes if it has any."""
+    form, state = like, readable(owner, state, ScaleBySnrState, optax.ScaleByAdamState)
+    like = _in_full(state, kind) if like is None else plain(like)
     for what, tree, kinds in (("state", state, (ScaleBySnrState, optax.ScaleByAdamState)), ("like", like, kind)):
         if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=is_adam)):
             raise ValueError(
                 f"{what} is {_kind(tree)} and holds no {getattr(kinds, '__name__', 'state of an Adam')}: give what the "
                 "`init` or `update` of such an optimizer returns"
             )
-    return _move((), state, like, None)
+    new = _move((), state, like, None)
+    return new if form is None else boxed_like(new, form)
 
 
 def from_optax(state: Any, like: Any = None) -> Any:
@@ -164,13 +167,14 @@ def from_optax(state: Any, like: Any = None) -> Any:
 
     Args:
       state: an optimizer's state that holds a `ScaleByAdamState` (or a `ScaleBySnrState` in another storage), after any
-        number of steps.
+        number of steps. An `nnx.Optimizer` or its `opt_state` will do.
       like: what `init` returns for the optimizer that goes on, or its `jax.eval_shape`. By default that of the preset
         of the same name with float32 moments.
 
     Returns:
-      A state of the form of `like`, with the moments and the count of `state`. Moments are exact but where `like` is
-      narrower, bfloat16 or packed: there they are rounded stochastically, as in a step.
+      A state of the form of `like` (of an `nnx.Optimizer`, in its boxes) with the moments and the count of `state`.
+      Moments are exact but where `like` is narrower, bfloat16 or packed: there they are rounded stochastically, as in a
+      step.
 
     Raises:
       ValueError: naming the place, if the two belong to different models, if something in `state` has no place in
@@ -184,7 +188,7 @@ def from_optax(state: Any, like: Any = None) -> Any:
     >>> print(state[0].count, state[0].mu.dtype, to_optax(state)[0].mu)
     1 uint32 [ 0.05004883 -0.20019531]
     """
-    return _to(ScaleBySnrState, state, like)
+    return _to("from_optax", ScaleBySnrState, state, like)
 
 
 def to_optax(state: Any, like: Any = None) -> Any:
@@ -192,4 +196,4 @@ def to_optax(state: Any, like: Any = None) -> Any:
 
     By default the form is that of a constant learning rate; for a schedule give what Optax's `init` returns as `like`.
     """
-    return _to(optax.ScaleByAdamState, state, like)
+    return _to("to_optax", optax.ScaleByAdamState, state, like)

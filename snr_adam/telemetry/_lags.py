@@ -37,7 +37,7 @@ _PAIR = _LAG > 0
 _WEIGHT = np.where(_PAIR, 6 / ((BURST - 1) * (BURST - 2)) * (1 - 2 * _LAG / BURST), 0) / 2
 _CENTERED = np.where(_PAIR, _LAG - (BURST + 1) / 3, 0)
 _NUMBER = BURST - np.arange(1, BURST)  # of pairs at each lag
-_LINE = np.array([_WEIGHT[_LAG == k].sum() for k in range(1, BURST)])  # weights of C_1 to C_5 in S
+_LINE = np.array([_WEIGHT[k == _LAG].sum() for k in range(1, BURST)])  # weights of C_1 to C_5 in S
 _MEAN = _NUMBER / _NUMBER.sum()
 _TWO, _THREE = np.array([2.0, -1, 0, 0, 0]), np.array([3.0, -3, 1, 0, 0])
 _OF_PAIRS = (_WEIGHT**2).sum() * 2  # Var S in units of Var r: .3
@@ -117,7 +117,7 @@ def after_a_burst(old: jax.Array, bursts, sketches, whole: np.ndarray):
     signal = over(_WEIGHT, q)
     own = jnp.stack([q[i, i] for i in range(BURST)])
     power = jnp.mean(own, 0)
-    products = [over((_LAG == k) / (_LAG == k).sum(), q) for k in range(1, BURST)]
+    products = [over((k == _LAG) / (k == _LAG).sum(), q) for k in range(1, BURST)]
     slope = over(_CENTERED / (_CENTERED**2).sum(), q)
 
     def toward(old, new):

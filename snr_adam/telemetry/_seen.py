@@ -15,6 +15,7 @@ from snr_adam import _tree
 from snr_adam._bits import Seed
 from snr_adam._look import Seen
 from snr_adam._numerics import Average, abs_sq, widen
+from snr_adam._tree import check_sizes
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
@@ -48,6 +49,7 @@ def observed_in(tree, found, rule) -> list[Leaf]:
     leaves, start = [], 0
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
+            check_sizes("observe: a look sums in blocks, whose sizes must be known", jnp.shape(x))
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
             leaves.append(Leaf(i, path, axis, slice(start, stop)))
@@ -126,7 +128,9 @@ class Shown:
     def is_whole(self) -> np.ndarray:
         """Whether a column's sketches are the gradients themselves."""
         each = zip(self.seen, self.observed, strict=True)
-        return np.concatenate([[lags.is_whole(jax.eval_shape(seen.gradient), leaf.axis)] * leaf.size for seen, leaf in each])
+        return np.concatenate(
+            [[lags.is_whole(jax.eval_shape(seen.gradient), leaf.axis)] * leaf.size for seen, leaf in each]
+        )
 
     def in_the_step(self, seeds: list, take, tie):
         """A and <m_{t-1}, g> from what the step began with, the square of the noise where it is no average, and the

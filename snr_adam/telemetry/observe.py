@@ -50,13 +50,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from snr_adam import _compiler, _tree
+from snr_adam import _checks, _compiler, _tree
 from snr_adam._bits import seeds_at
 from snr_adam._look import Look
 from snr_adam._moments import find, kinds_in
+from snr_adam._recipe import with_recipe
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
@@ -134,6 +134,7 @@ def _blank(inner, observed, leaves) -> ObserveState:
     return ObserveState(inner, *own)
 
 
+@with_recipe
 def observe(
     tx: optax.GradientTransformation, every: int = 1, layer_axis: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -169,9 +170,8 @@ def observe(
 
     Reference: Balles & Hennig 2018 (arXiv 1705.07774) for rho; McCandlish et al. 2018 (arXiv 1812.06162) for A.
     """
-    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
-        raise ValueError(f"observe: every={every!r} must be a whole number of steps, 1 or more")
-    tx = optax.with_extra_args_support(tx)
+    _checks.check_layer_axis("observe", layer_axis)
+    every, tx = _checks.check_whole("observe: every", every), _checks.check_optimizer("observe", tx)
     known: dict = {}
 
     def from_outside(leaves, outer):

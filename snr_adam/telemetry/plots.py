@@ -22,24 +22,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from snr_adam.telemetry import _matplotlib as mpl
+from snr_adam.telemetry._matplotlib import Axes, Figure, LogNorm, Normalize
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
-_COLORS = colormaps["viridis"].with_extremes(bad="#dddddd")
+_COLORS = mpl.colormaps["viridis"].with_extremes(bad="#dddddd")
 _MULTIPLES = {1: "floor", 1.25: "1.25", 1.5: "1.5", 2: "2", 3: "3", 4: "4", 6: "6", 10: "10"}
 _NAMED_LAYERS = 40  # more names than these cannot be read on one axis
 _GRADIENT = "loss per unit of weight"
 _STEPS = "steps (updates)"
-_THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.10g}")
+_THOUSANDS = mpl.FuncFormatter(lambda x, _: f"{x:,.10g}")
 _UNITS = {
     "signal": f"signal ({_GRADIENT})",
     "noise": f"noise ({_GRADIENT})",
@@ -181,7 +177,10 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
     known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(low) & (low > 0)
     value, limit = np.where(known, scale, np.nan), low
-    low, high = np.maximum(np.where(known, low, np.nan), value / 10), np.minimum(np.where(known, high, np.nan), value * 10)
+    low, high = (
+        np.maximum(np.where(known, low, np.nan), value / 10),
+        np.minimum(np.where(known, high, np.nan), value * 10),
+    )
     axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     # dots, for a number between two limits would be a line of length 0
     axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
@@ -239,7 +238,7 @@ def _over_floor(history: History) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    return Figure(figsize=(width, height), dpi=100, layout=mpl.ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
 
 
 def _height(layers: Sequence[Any]) -> float:
@@ -288,7 +287,7 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     if len(names) <= _NAMED_LAYERS:
         axes.set_yticks(range(len(names)), names, fontsize=8)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(mpl.MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(_THOUSANDS)
         axes.set_ylabel(f"number of the layer, of {len(names):,}")
 

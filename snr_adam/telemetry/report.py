@@ -21,10 +21,12 @@ import numpy as np
 
 from snr_adam import _moments as moments
 from snr_adam import _tree
+from snr_adam._checks import check_pattern
+from snr_adam._given import check_known, readable
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
-from snr_adam.telemetry.columns import OF_LAGS, COLUMNS, Sums, columns
+from snr_adam.telemetry.columns import COLUMNS, OF_LAGS, Sums, columns
 from snr_adam.telemetry.observe import ObserveState
 
 _TINY = np.finfo(float).tiny
@@ -80,7 +82,11 @@ class Report:
         A layer belongs to the first pattern that it matches; those that match none are left out of the rows, and stay
         in the total.
         """
+        if isinstance(patterns, str):
+            raise TypeError(f"group: give a list of patterns, [{patterns!r}], or a dict from names to patterns")
         named = patterns if isinstance(patterns, Mapping) else {pattern: pattern for pattern in patterns}
+        for pattern in named.values():
+            check_pattern("group", pattern)
         first = [next((key for key, pattern in named.items() if re.search(pattern, name)), None) for name in self.names]
         kept = [key for key in named if key in first]
         parts = [self.sums.pick(np.array([key == name for name in first], bool)).add() for key in kept]
@@ -157,7 +163,10 @@ def _read(state: ObserveState) -> _Part:
         sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
         last.param_sq, *(x[:-1] for x in (means.gradient_sq, means.persistent, lasting**2, *of_lags)),
     )  # fmt: skip
-    own = {"persistent": means.persistent, "persistent_half": lasting**2}  # leaves share examples: the total has its own
+    own = {
+        "persistent": means.persistent,
+        "persistent_half": lasting**2,
+    }  # leaves share examples: the total has its own
     own |= dict(zip(OF_LAGS, of_lags, strict=True))
     total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in own.items()})
     window = round(min(seen, WINDOW) * count / seen) if seen else 0
@@ -178,10 +187,14 @@ def report(opt_state, batch_size: float | None = None, examples: int | None = No
       A `Report`; `print(report(opt_state))` shows it.
 
     Raises:
-      ValueError: if the state holds nothing observed; if `batch_size` is not above 0, or more than `examples`, or
-        missing where `examples` is given.
+      ValueError: if the state holds nothing observed, if it is that of several runs at once (take one of them, or
+        report each), and if it came back from a disk as dicts or lists; if `batch_size` is not above 0, or more than
+        `examples`, or missing where `examples` is given.
+      TypeError: inside of jit.
     """
+    check_known("report", opt_state)
     _check_batches(batch_size, examples)
+    opt_state = readable("report", opt_state, ObserveState)
     states = _tree.nodes(ObserveState, opt_state)
     if not states:
         raise ValueError(

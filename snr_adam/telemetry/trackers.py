@@ -58,7 +58,8 @@ def metrics(
     Args:
       opt_state: as in `report`.
       prefix: put before every key.
-      layers: also every number of every layer, as `snr/snr/layers/kernel`.
+      layers: also every number of every layer, in a folder of their own: `snr/layer/snr/encoder/kernel`. No key is a
+        folder of another, which MLflow would refuse.
       batch_size, examples: as in `report`.
 
     Returns:
@@ -73,7 +74,7 @@ def metrics(
     if layers:
         for row in seen.rows:
             name = row.pop("name")
-            found |= {metric_name(f"{key}/{name}"): x for key, x in row.items()}
+            found |= {metric_name(f"layer/{key}/{name}"): x for key, x in row.items()}
     return {prefix + key: float(x) for key, x in found.items() if np.isfinite(x)}
 
 
