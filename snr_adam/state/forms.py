@@ -18,7 +18,7 @@ from snr_adam._moments import find
 from snr_adam._numerics import abs_sq
 from snr_adam._tree import flatten
 from snr_adam.telemetry._averages import Last, Means, Memory
-from snr_adam.telemetry.observe import ObserveState
+from snr_adam.telemetry._state import ObserveState
 
 FORM = 2
 """The form in which states are saved now."""

@@ -47,8 +47,8 @@ _OF_ONES = ((2 * _WEIGHT.sum(1)) ** 2).sum()  # in units of Var u: 1.04
 class Lags(NamedTuple):
     """Means over bursts, (L + 1,) each: one entry per leaf or slice, the last for all together.
 
-    power: a. lag_1 to lag_5: C_k. pairs, ones, both, squares, sketch: Var r, Var u, Cov(u, Q_ii), Var Q_ii and S^2 (0 of
-    leaves that are kept whole) with the squared weights of the means, in units of the square of the mean a.
+    power: a. lag_1 to lag_5: C_k. pairs, ones, both, squares, sketch: Var r, Var u, Cov(u, Q_ii), Var Q_ii and S^2
+    (0 of leaves that are kept whole) with the squared weights of the means, in units of the square of the mean a.
     """
 
     power: Any
@@ -117,7 +117,7 @@ def after_a_burst(old: jax.Array, bursts, sketches, whole: np.ndarray):
     signal = over(_WEIGHT, q)
     own = jnp.stack([q[i, i] for i in range(BURST)])
     power = jnp.mean(own, 0)
-    products = [over((k == _LAG) / (k == _LAG).sum(), q) for k in range(1, BURST)]
+    products = [over(np.equal(_LAG, k) / np.equal(_LAG, k).sum(), q) for k in range(1, BURST)]
     slope = over(_CENTERED / (_CENTERED**2).sum(), q)
 
     def toward(old, new):
@@ -146,7 +146,7 @@ class Estimate(NamedTuple):
     """What the lags say of each row, nan before the first burst.
 
     signal, power: S and a. half: half the width of the 95 % interval of S, as far as it is chance. slack, above: what
-    the interval is wider to both sides, and above, where gradients turn round within a burst. least: what S is at least.
+    the interval is wider to both sides, and above, where gradients turn round within a burst. least: what S exceeds.
     """
 
     signal: np.ndarray

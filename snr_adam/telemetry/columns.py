@@ -153,8 +153,13 @@ COLUMNS: dict[str, Column] = {
         "The power of the true gradient over that of the noise in one batch's gradient: below 1, a gradient is mostly "
         "noise, and larger batches save steps.",
     ),
-    "snr_error": Column(lambda r: r.error, "The standard error of snr: 1.96 of it are the larger side of its 95 % interval; inf if that has no upper end."),
-    "snr_low": Column(lambda r: r.ratio(r.low), "The lower end of the 95 % interval of snr; above 0, signal was found."),
+    "snr_error": Column(
+        lambda r: r.error,
+        "The standard error of snr: 1.96 of it are the larger side of its 95 % interval; inf if that has no end.",
+    ),
+    "snr_low": Column(
+        lambda r: r.ratio(r.low), "The lower end of the 95 % interval of snr; above 0, signal was found."
+    ),
     "snr_high": Column(lambda r: r.ratio(r.high), "The upper end of the 95 % interval of snr."),
     "persistence": Column(
         lambda r: np.where(np.isnan(r.fieller(1)), np.nan, r.lasting / r.share),
@@ -175,10 +180,12 @@ COLUMNS: dict[str, Column] = {
     "param_rms": Column(lambda r: np.sqrt(r.sums.param_sq / r.sums.size), "Root mean square of the parameters."),
     "gradient_norm": Column(lambda r: np.sqrt(r.sums.gradient_sq), "Root of the average of |g|^2."),
     "gradient_signal": Column(
-        lambda r: _root(r.share * r.sums.gradient_sq), "The norm of the true gradient, as estimated; 0 if none is found."
+        lambda r: _root(r.share * r.sums.gradient_sq),
+        "The norm of the true gradient, as estimated; 0 if none is found.",
     ),
     "gradient_noise": Column(
-        lambda r: _root((1 - r.share) * r.sums.gradient_sq), "The norm of the noise in one batch's gradient, as estimated."
+        lambda r: _root((1 - r.share) * r.sums.gradient_sq),
+        "The norm of the noise in one batch's gradient, as estimated.",
     ),
     "persistent": Column(
         lambda r: r.sums.persistent,
@@ -191,7 +198,7 @@ COLUMNS: dict[str, Column] = {
         "inf where no signal was found.",
     ),
     "noise_scale_error": Column(
-        lambda r: np.where(np.isfinite(r.scale), r.scale * r.error / r.ratio(r.share), np.where(np.isnan(r.scale), np.nan, np.inf)),
+        lambda r: np.where(np.isinf(r.scale), np.inf, r.scale * r.error / r.ratio(r.share)),
         "The standard error of noise_scale, relative to it the same as that of snr.",
     ),
     "noise_scale_low": Column(
@@ -202,7 +209,7 @@ COLUMNS: dict[str, Column] = {
         lambda r: np.where(r.low > 0, r.batch_size / r.ratio(r.low), np.where(np.isnan(r.low), np.nan, np.inf)),
         "The upper end of the 95 % interval of noise_scale; inf where no signal was found.",
     ),
-}  # fmt: skip
+}
 """Every quantity of a report, by name."""
 
 

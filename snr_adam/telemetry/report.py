@@ -26,8 +26,8 @@ from snr_adam._given import check_known, readable
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
+from snr_adam.telemetry._state import ObserveState
 from snr_adam.telemetry.columns import COLUMNS, OF_LAGS, Sums, columns
-from snr_adam.telemetry.observe import ObserveState
 
 _TINY = np.finfo(float).tiny
 

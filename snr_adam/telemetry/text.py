@@ -221,4 +221,5 @@ def _text(key: str, row: dict[str, Any]) -> str:
 def _scale_text(row: dict[str, Any]) -> str:
     if np.isnan(row["noise_scale"]):
         return "-"
-    return str(NoiseScale(*(row[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high")), "lags"))
+    value, error, low, high = (row[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high"))
+    return str(NoiseScale(value, error, low, high, "lags"))
