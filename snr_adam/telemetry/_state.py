@@ -56,17 +56,28 @@ class Watched(NamedTuple):
 def blank(inner, observed, leaves) -> ObserveState:
     """The state before the first step."""
     axes = [-1 if leaf.axis is None else leaf.axis for leaf in observed for _ in range(leaf.size)]
-    n = len(axes)
-    own: Any = (
+    state = ObserveState(inner, *_blank(jnp.asarray(axes, jnp.int32)))
+    if any(map(_tree.is_abstract, leaves)):
+        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state[1:])
+        return ObserveState(inner, *own)
+    return state
+
+
+def blank_of(state: ObserveState) -> ObserveState:
+    """The same as if it had seen nothing yet."""
+    return ObserveState(state.inner, *_blank(state.axis))
+
+
+def _blank(axis) -> tuple:
+    """All fields but the first, before the first step."""
+    n = axis.shape[0]
+    return (
         *(jnp.zeros((), jnp.int32) for _ in range(5)),
         jnp.zeros((), jnp.float32),
-        jnp.asarray(axes, jnp.int32),
+        axis,
         averages.zeros(Means, n + 1),
         averages.zeros(Lags, n + 1),
         averages.zeros(Memory, n),
         averages.zeros(Last, n),
         jnp.full((lags.BURST, n, lags.WIDTH), jnp.nan, jnp.float32),
     )
-    if any(map(_tree.is_abstract, leaves)):
-        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
-    return ObserveState(inner, *own)
