@@ -93,8 +93,8 @@ class Seen(NamedTuple):
         """The signal's first moment after the step, and the square of the noise (up to its `Average`'s correction)."""
         mu, nu = self.rule.storage.decode(*self.new, self.dtype)
         if self.second:
-            return center(mu), self.rule.noise.second(nu, center(mu))
-        noise = self.rule.noise.estimate(nu, self.gradient(), self.numbers.noise, center(mu))
+            return center(mu), self.rule.noise.second(nu, self.rule.center(mu, self.numbers))
+        noise = self.rule.noise.estimate(nu, self.gradient(), self.numbers.noise, self.rule.center(mu, self.numbers))
         return center(mu), None if self.noise == "none" else noise * noise
 
     def update(self, p):

@@ -18,9 +18,9 @@ from snr_adam import _tree
 from snr_adam._numerics import complex_like, compute_dtype
 from snr_adam.noise import AverageAndMaximum
 from snr_adam.shared import SharedNoise
-from snr_adam.signal import FastAndSlow
 from snr_adam.storage import InOwnForm, InWords, Packed
 from snr_adam.transform import ScaleBySnrState
+from snr_adam.twofold import FastAndSlow
 
 _FIRST = ("mu", "trace", "ema", "m1", "m")
 

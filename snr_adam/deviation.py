@@ -17,6 +17,7 @@ from snr_adam._numerics import (
     Scalar,
     abs_sq,
     decay_at,
+    kept_at,
     lerp,
     moment_like,
     root,
@@ -39,6 +40,10 @@ class Belief(Squares):
     b2: Hyper = 0.999
     eps: Hyper = 1e-16
     eps_root: Hyper = 1e-16
+
+    def at(self, t, dtype):
+        k = super().at(t, dtype)
+        return k if k.v.sum is None else k._replace(eps_root=k.eps_root / k.v.sum)
 
     def update(self, v, g, k, center):
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
@@ -73,11 +78,12 @@ class Deviation:
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
 
     def at(self, t, dtype):
-        return decay_at(self.decay, t, dtype), value_at(self.eps, t, dtype)
+        return kept_at(self.decay, t, dtype, self.debias, self.initial), value_at(self.eps, t, dtype)
 
     def update(self, state, g, k, center):
         gain = k[0].gain
         s = (1.0 - gain) * (state.s + gain * abs_sq(g - state.m))
+        s = s if k[0].start is None else s + k[0].start * state.s
         return MeanAndVariance(lerp(state.m, g, gain), s)
 
     def estimate(self, state, g, k, center):

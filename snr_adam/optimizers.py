@@ -9,6 +9,11 @@ prefix of the parameters. Moments and arithmetic are float32 also for bfloat16 a
 
 Bias corrections are computed as expm1(t log b) where Optax computes 1 - b**t, so in float32 results differ from Optax
 by Optax's own rounding, about 1e-5 at b2 = .999. Where a definition differs from Optax's, the docstring says so.
+
+Decays may change in time, as schedules or in the state of `inject_hyperparams`, where `advise` may have new ones set in
+the middle of a run. The weights of an average that is corrected sum to 1 all the same (see `_numerics`); Optax divides
+by 1 - b(t)**t, which is the sum of the weights only if b was b(t) from the beginning. For Adafactor's b2 = 1 - t**-.8
+exactly as it is, which needs no correction, build the step from `RMS(b2, debias=False)`.
 """
 
 from typing import Any, TypeAlias
@@ -18,6 +23,7 @@ import optax
 
 from snr_adam import deviation as d
 from snr_adam import noise as n
+from snr_adam import quotient as q
 from snr_adam import signal as s
 from snr_adam._numerics import Hyper
 from snr_adam._presets import preset
@@ -25,6 +31,7 @@ from snr_adam.descent import TrustRatio
 from snr_adam.step import OPEN, Gate
 from snr_adam.storage import Cast, Name, Storage
 from snr_adam.transform import Rate, descend, wrong_state
+from snr_adam.twofold import Mixture
 
 Mask: TypeAlias = Any
 Tx: TypeAlias = optax.GradientTransformationExtraArgs
@@ -400,7 +407,7 @@ def adopt(
 
     Reference: Taniguchi et al., ADOPT: Modified Adam Can Converge with Any beta2, arXiv 2411.02853, Algorithm 2.
     """
-    noise = n.Previous(b2, eps, clip_value_fn if use_clipping else None)
+    noise = q.Previous(b2, eps, clip_value_fn if use_clipping else None)
     return _with_parts(
         descend(learning_rate, _average(b1, nesterov, debias=False), noise, storage=_stored(storage, mu_dtype)), 1
     )
@@ -434,7 +441,7 @@ def ademamix(
     return _with_parts(
         descend(
             learning_rate,
-            s.Mixture(b1, b3, alpha),
+            Mixture(b1, b3, alpha),
             n.RMS(b2, eps, eps_root),
             weight_decay=weight_decay,
             mask=mask,

@@ -9,11 +9,13 @@ and `Storage`. `Average` is what a part says of itself to telemetry, see `snr_ad
 from snr_adam._numerics import Average
 from snr_adam.descent import Decoupled, Descent, TrustRatio
 from snr_adam.deviation import Belief, Deviation, Spread
-from snr_adam.noise import RMS, Infinity, Maximum, Noise, Previous, Rectified, Unit, Yogi
+from snr_adam.noise import RMS, Infinity, Maximum, Noise, Rectified, Unit, Yogi
+from snr_adam.quotient import Previous
 from snr_adam.shared import Shared
-from snr_adam.signal import EMA, Gradient, Mean, Mixture, Nesterov, Sign, Signal
+from snr_adam.signal import EMA, Gradient, Mean, Nesterov, Sign, Signal
 from snr_adam.state.sharding import LikeParameters, Zero1
 from snr_adam.storage import Cast, Full, Packed, Storage
+from snr_adam.twofold import Mixture
 
 __all__ = [
     "EMA",

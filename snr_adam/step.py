@@ -151,11 +151,16 @@ class Rule:
         """What the signal averages: the gradient, or its quotient by the noise before it."""
         return divide(x, self.noise.estimate(old, x, k.noise, None)) if self.divides_first else x
 
+    def center(self, mu, k: Numbers):
+        """The average that a spread is measured around."""
+        own = getattr(self.signal, "center", None)
+        return own(mu, k.signal) if own else center(mu)
+
     def moments(self, x, stored: Stored, k: Numbers, dtype, dither, gate: Gate) -> Stored:
         """The moments after gradient x, for their rest."""
         old = Stored(*self.storage.decode(*stored, dtype))
         mu = self.signal.update(old.mu, self.averaged(x, old.nu, k), k.signal)
-        nu = self.noise.update(old.nu, x, k.noise, center(mu))
+        nu = self.noise.update(old.nu, x, k.noise, self.center(mu, k))
         if gate is not OPEN:  # encoding what was decoded gives the bits that were there, see storage.py
             mu, nu = gate.choose((mu, nu), tuple(old))
         return Stored(*self.storage.encode(mu, nu, dither))
@@ -166,7 +171,7 @@ class Rule:
         if self.divides_first:
             g, noise = self.averaged(x, self.storage.decode(*old, dtype)[1], k), 1.0
         else:
-            g, noise = x, self.noise.estimate(nu, x, k.noise, center(mu))
+            g, noise = x, self.noise.estimate(nu, x, k.noise, self.center(mu, k))
         signal, scale = self.signal.estimate(mu, g, k.signal)
         return Ratio(signal, scale, noise, k.zero)
 

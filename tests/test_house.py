@@ -13,7 +13,7 @@ LAYERS = (
     {"_checks", "_compiler", "_tree"},
     {"_bits", "_numerics"},
     {"descent", "noise", "shared", "signal", "storage"},
-    {"deviation", "step"},
+    {"deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
     {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},

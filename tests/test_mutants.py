@@ -21,6 +21,7 @@ import pytest
 import test_accuracy
 import test_bits
 import test_checkpoint
+import test_decays
 import test_history
 import test_laws
 import test_leaves
@@ -36,7 +37,7 @@ import test_twins
 from fake_reports import fake_reports
 
 import snr_adam
-from snr_adam import _bits, _numerics, _tree, descent, deviation, noise, precision, signal, storage, transform
+from snr_adam import _bits, _numerics, _tree, descent, deviation, noise, precision, quotient, signal, storage, transform
 from snr_adam import step as heart
 from snr_adam.state import sharding
 from snr_adam.telemetry import history, plots, text, trackers
@@ -214,6 +215,10 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         everywhere("decay_at", lambda right: lambda b, t, dtype: right(b, t + 1, dtype)),
         definition(),
     ),
+    "a decay in time corrected by its own 1 - b(t)^t": (
+        everywhere("may_change", lambda right: lambda b: False),
+        Caught(test_decays.test_numbers_set_by_hand_take_effect_and_nothing_else_does),
+    ),
     "1 - b**t in float32": (
         everywhere("decay_at", lambda right: _power),
         accurate(0.9999),
@@ -318,7 +323,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "adopt with the current noise": (
         [
             replaced(
-                noise.Previous,
+                quotient.Previous,
                 "estimate",
                 lambda right: lambda self, v, g, k, c: right(self, self.update(v, g, k, c), g, k, c),
             )
@@ -328,7 +333,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "adopt without its floor": (
         [
             replaced(
-                noise.Previous,
+                quotient.Previous,
                 "estimate",
                 lambda right: (
                     lambda self, v, g, k, c: jnp.where(
