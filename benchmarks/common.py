@@ -21,6 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 PRESETS = [
     *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
     *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
+    *("stable_adamw", "cautious_adamw", "adamc", "adam_atan2", "laprop", "adams", "bcos", "mars", "adamh", "msvag"),
 ]
 
 

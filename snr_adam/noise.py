@@ -21,7 +21,8 @@ A denominator is a frozen dataclass that knows one array, never a tree:
 
 `center` is the moving average that the signal holds after g, by its own `center(state, numbers)` if it has one (0 if it
 holds none). With `divides_first = True` the
-estimate is made from the memory before g, and the signal averages g / noise; otherwise its average is divided.
+estimate is made from the memory before g (with `divides_by_new = True` from that after g), and the signal averages
+g / noise; otherwise its average is divided.
 
 Where the noise is the root of an average of |g|^2, telemetry asks for that average, before its bias is corrected, by
 `second(state, center) -> v`, and for how it follows |g|^2, by `average(numbers) -> Average`.
@@ -71,6 +72,13 @@ def center(mu):
     return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
+def squared(noise: Any, state, k, center, estimate):
+    """The second moment that a noise is the root of, corrected, without eps; of other noises the estimate's square."""
+    if not (hasattr(noise, "second") and hasattr(noise, "average")):
+        return estimate * estimate
+    return noise.average(k).debias * noise.second(state, center)
+
+
 class _Numbers(NamedTuple):
     """What most denominators need at a step: the decay of v, and the two epsilons."""
 
@@ -98,7 +106,7 @@ class Squares:
     def init(self, p) -> Any:
         return square_like(p, getattr(self, "initial", 0.0))
 
-    def at(self: Any, t, dtype):
+    def at(self: Any, t, dtype) -> Any:
         corrected, initial = getattr(self, "debias", True), getattr(self, "initial", 0.0)
         return numbers_at(self.b2, self.eps, self.eps_root, t, dtype, corrected, initial)
 
@@ -111,6 +119,11 @@ class Averaged:
 
     def second(self, state, center):
         return state
+
+
+def noise_of(v, k: _Numbers):
+    """The noise of an average of squares, corrected."""
+    return _root(v, k)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Denominators that divide first: the signal averages quotients g / noise. Their contract is that of `noise.py`.
 
-Previous    max(sqrt(v_{t-1}), eps)    the noise before this gradient      ADOPT (Taniguchi et al. 2024)
+Previous      max(sqrt(v_{t-1}), eps)            the noise before this gradient    ADOPT (Taniguchi et al. 2024)
+Normalized    sqrt(v_t / (1 - b2^t)) + eps       the noise with it                 LaProp (Ziyin et al. 2020)
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
 from snr_adam._numerics import Hyper, Scalar, decay_at, lerp, root, square_like, square_onto, value_at
+from snr_adam.noise import Squares, noise_of
 
 
 class _Before(NamedTuple):
@@ -53,3 +55,23 @@ class Previous:
         if k.inverse_clip is not None:
             noise = jnp.maximum(noise, abs(g) * k.inverse_clip)
         return jnp.where(k.first, jnp.inf, noise)
+
+
+@dataclass(frozen=True)
+class Normalized(Squares):
+    """The noise of RMS, by which each gradient is divided before the signal averages: it averages quotients.
+
+    So a gradient keeps the size that it had against the noise of its own time.
+    """
+
+    b2: Hyper = 0.999
+    eps: Hyper = 1e-15
+    eps_root: Hyper = 0.0
+    divides_first: ClassVar[bool] = True
+    divides_by_new: ClassVar[bool] = True
+
+    def update(self, v, g, k, center):
+        return lerp(v, square_onto(v, g), k.v.gain)
+
+    def estimate(self, v, g, k, center):
+        return noise_of(v, k)

@@ -6,6 +6,7 @@ into an estimate of its mean, the *signal*:
     Gradient   g_t                                                  no memory: RMSProp, plain descent
     EMA        m_t / (1 - b1^t),  m_t = b1 m_{t-1} + (1-b1) g_t      Adam (Kingma & Ba 2014, Algorithm 1)
     Mean       the same number, kept as it is used                   with `noise.Spread` (Orvieto & Gower 2025)
+    FromFirst  m_t = b1 m_{t-1} + (1-b1) g_t from m_1 = g_1 on       BCOS (Jiang & Xiao 2025)
     Nesterov   the EMA one step ahead                                NAdam (Dozat 2016)
     Sign       the sign of an interpolation                          Lion (Chen et al. 2023, Algorithm 2)
 
@@ -24,6 +25,7 @@ Two more, which the package's own have and telemetry uses where they are there:
     floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
     average(numbers) -> Average              how the first array of the memory follows the gradients, if it is linear
     center(state, numbers) -> m              that array as a noise reads it: an average that is not corrected
+    sees(state, g, numbers) -> x             what signal and noise are estimated from, if not g itself; `update` has g
 
 Where a decay may change from step to step, averages that are corrected are kept corrected (`_numerics`): then m in the
 state is m^, and the weights of the gradients in it sum to 1 at every step.
@@ -157,6 +159,36 @@ class Mean:
 
     def floor(self, t):
         return _ema_floor(self.b1, t)
+
+
+@dataclass(frozen=True)
+class FromFirst:
+    """The EMA that starts at the first gradient: m_1 = g_1, whose weights sum to 1 without a correction."""
+
+    b1: Hyper = 0.9
+    __post_init__ = check_fields
+
+    def init(self, p):
+        return moment_like(p)
+
+    def at(self, t, dtype):
+        return jnp.where(t == 1, 1.0, decay_at(self.b1, t, dtype).gain).astype(dtype)
+
+    def update(self, m, g, gain):
+        return lerp(m, g, gain)
+
+    def estimate(self, m, g, gain):
+        return m, 1.0
+
+    def average(self, gain):
+        return Average(gain, gain, 1.0)
+
+    def floor(self, t):
+        if callable(self.b1):
+            raise ValueError("FromFirst.floor: of a decay that is a schedule there is no closed form")
+        b = value_at(self.b1, t)
+        newer = (1 - b) / (1 + b) * (1 - b ** (2 * (t - 1)))
+        return newer + b ** (2 * (t - 1))
 
 
 class _Lookahead(NamedTuple):

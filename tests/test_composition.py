@@ -175,10 +175,10 @@ def test_injected_hyperparams_change_nothing(name, dtype):
         assert held == jnp.float32(value), key
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamc"])  # a schedule needs its peak
 def test_changing_an_injected_number_takes_effect_without_compiling(name):
     make = PRESETS[name][0]
-    decay = {"rmsprop": "decay", "centered_adam": "b"}.get(name, "b2")
+    decay = next(b for b in ("b2", "b", "decay") if b in inspect.signature(make).parameters)
     tx = optax.inject_hyperparams(make)(0.01)
     params, (g1, g2, g3) = jnp.ones(3), jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, -0.5], [-1.0, 1.0, 2.0]])
     update = jax.jit(tx.update)

@@ -13,7 +13,7 @@ LAYERS = (
     {"_checks", "_compiler", "_tree"},
     {"_bits", "_numerics"},
     {"descent", "noise", "shared", "signal", "storage"},
-    {"deviation", "quotient", "step", "twofold"},
+    {"_per_leaf", "deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
     {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
@@ -32,13 +32,13 @@ LAYERS = (
         "telemetry.observe",
     },
     {"_presets", "state.forms", "telemetry.report"},
-    {"optimizers", "telemetry.advice", "telemetry.trackers"},
+    {"optimizers", "telemetry.advice", "telemetry.trackers", "variants"},
     {"parts", "state", "telemetry"},
     {"__init__", "plan", "state.files", "telemetry.plots"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
-LONGEST = {"optimizers": 600, "step": 200}
+LONGEST = {"optimizers": 600, "step": 200, "variants": 500}
 RIM = {"telemetry.plots": {"matplotlib"}, "state.files": {"orbax"}}
 
 

@@ -135,7 +135,9 @@ def test_no_nan_is_ever_formed(name):
             _, state = tx.update(g, state, g)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.SIGNALS if name != "sign"])
+@pytest.mark.parametrize(
+    "name", [name for name in cases.SIGNALS if hasattr(cases.SIGNALS[name], "floor") and name != "sign"]
+)
 def test_the_floor_is_the_sum_of_squared_weights(name, x64):
     """An impulse at step k, in element k, shows the weight that gradient k has in the signal of every later step."""
     signal, steps = cases.SIGNALS[name], 60
@@ -157,7 +159,7 @@ def without_units(estimator):
     return dataclasses.replace(estimator, **dict.fromkeys(units, 0.0))
 
 
-@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name != "unit"])
+@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name not in ("unit", "adapted")])
 def test_the_ratio_has_no_unit(noise):
     """Gradients in a unit 2^20 times larger or smaller give the same bits, once nothing is added to the noise."""
     tx = scale_by_snr(cases.SIGNALS["ema"], without_units(cases.NOISES[noise]))
@@ -170,7 +172,7 @@ def test_the_ratio_has_no_unit(noise):
         np.testing.assert_array_equal(scan(scale * grads)[skip:], expected)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamh"])
 def test_the_step_is_proportional_to_the_learning_rate(name):
     preset, _ = cases.PRESETS[name]
     g = jnp.asarray([0.5, -3.0])
