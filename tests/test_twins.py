@@ -167,6 +167,9 @@ def test_signature_is_optaxs_plus_storage(name):
     ours, theirs = (dict(inspect.signature(f).parameters) for f in (preset, namesake))
     storage = ours.pop("storage")
     assert (storage.kind, storage.default) == (inspect.Parameter.KEYWORD_ONLY, "float32")
+    if name == "adamw":
+        descent = ours.pop("descent")
+        assert (descent.kind, descent.default) == (inspect.Parameter.KEYWORD_ONLY, snr_adam.parts.Decoupled())
     assert [(p.name, p.kind) for p in ours.values()] == [(p.name, p.kind) for p in theirs.values()]
     for arg, p in ours.items():
         default = theirs[arg].default
