@@ -78,8 +78,8 @@ def stable_adamw(
     >>> w = jnp.zeros(2)
     >>> _, state = tx.update(jnp.array([1.0, -1.0]), tx.init(w), w)
     >>> updates, _ = tx.update(jnp.array([100.0, -100.0]), state, w)
-    >>> print(updates.round(4))  # adam(0.125, b2=0.99) takes a step of 0.0937
-    [-0.0663  0.0663]
+    >>> print(updates.round(4))  # adam(0.125, b2=0.99) takes a step of 0.0936
+    [-0.0664  0.0664]
 
     Reference: Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models,
     arXiv 2304.13013, Algorithm 2.

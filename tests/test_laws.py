@@ -180,10 +180,11 @@ def test_the_step_is_proportional_to_the_learning_rate(name):
     np.testing.assert_array_equal(2 * one, two)
 
 
+PEAK = {snr_adam.adamc: {"peak": 1.0}}  # a schedule needs it
 RATES = {
     "number": lambda preset: preset(0.0),
     "array": lambda preset: preset(jnp.float32(0.0)),
-    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count),
+    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count, **PEAK.get(preset, {})),
 }
 
 
