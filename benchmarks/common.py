@@ -22,6 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = [
     *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
     *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
+    *("stable_adamw", "cautious_adamw", "adamc", "adam_atan2", "laprop", "adams", "bcos", "mars", "adamh", "msvag"),
 ]
 
 

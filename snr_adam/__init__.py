@@ -8,6 +8,7 @@ the descent does with their ratio.
 
     train      adam, adamw, nadam, nadamw, adamax, adamaxw, amsgrad, adabelief, yogi, radam, rmsprop, lion, adopt,
                ademamix, lamb, centered_adam: the arguments of their namesakes in Optax, and storage=
+               adam_atan2, adamc, adamh, adams, bcos, cautious_adamw, laprop, mars, msvag, stable_adamw: Optax has none
     build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain; scale_by_adam: the
                former from Adam's numbers
     protect    guard, health: skip steps that are not finite, clip the others; check_hyperparams: traced numbers too
@@ -45,6 +46,18 @@ from snr_adam.precision import carry_remainder
 from snr_adam.state import from_optax, to_optax
 from snr_adam.telemetry import History, metrics, observe, report
 from snr_adam.transform import descend, scale_by_snr
+from snr_adam.variants import (
+    adam_atan2,
+    adamc,
+    adamh,
+    adams,
+    bcos,
+    cautious_adamw,
+    laprop,
+    mars,
+    msvag,
+    stable_adamw,
+)
 
 __version__ = "0.1.0"
 
@@ -53,13 +66,19 @@ __all__ = [
     "accumulate",
     "adabelief",
     "adam",
+    "adam_atan2",
     "adamax",
     "adamaxw",
+    "adamc",
+    "adamh",
+    "adams",
     "adamw",
     "ademamix",
     "adopt",
     "amsgrad",
+    "bcos",
     "carry_remainder",
+    "cautious_adamw",
     "centered_adam",
     "check_hyperparams",
     "descend",
@@ -67,8 +86,11 @@ __all__ = [
     "guard",
     "health",
     "lamb",
+    "laprop",
     "lion",
+    "mars",
     "metrics",
+    "msvag",
     "nadam",
     "nadamw",
     "observe",
@@ -77,6 +99,7 @@ __all__ = [
     "rmsprop",
     "scale_by_adam",
     "scale_by_snr",
+    "stable_adamw",
     "to_optax",
     "yogi",
 ]

@@ -45,15 +45,25 @@ _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
 
-_PLAIN = ("learning_rate", "weight_decay", "eps_root", "alpha", "initial", "initial_scale", "clip", "clip_value_fn")
+_PLAIN = (
+    "learning_rate",
+    "weight_decay",
+    "eps_root",
+    "alpha",
+    "gamma",
+    "initial",
+    "initial_scale",
+    "clip",
+    "clip_value_fn",
+)
 RANGES = {
     **dict.fromkeys(_PLAIN, _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "b3", "b", "decay", "momentum"), _DECAY),
-    **dict.fromkeys(("eps", "clip_norm"), _POSITIVE),
+    **dict.fromkeys(("eps", "clip_norm", "peak", "height", "width"), _POSITIVE),
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
-_NONE = {"momentum", "clip", "clip_norm"}  # None is a value of these
+_NONE = {"momentum", "clip", "clip_norm", "peak"}  # None is a value of these
 
 
 def check_fields(self) -> None:
@@ -67,8 +77,8 @@ def check_arguments(owner: str, arguments: dict) -> None:
     """The arguments of a preset are in their ranges, and in their places."""
     _check_order(owner, arguments)
     for name, value in arguments.items():
-        if name == "learning_rate":
-            _check_tree(f"{owner}: {name}", value)
+        if name in ("learning_rate", "weight_decay"):
+            _check_tree(f"{owner}: {name}", value, name)
         elif name == "mask":
             check_mask(owner, value)
         elif name in RANGES:
@@ -199,11 +209,11 @@ def fault_of(part, kind) -> str | None:
     return None
 
 
-def _check_tree(what: str, tree) -> None:
-    """A learning rate may be a tree: every leaf is a number."""
+def _check_tree(what: str, tree, name: str) -> None:
+    """A learning rate or a weight decay may be a tree: every leaf is a number."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None):
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        _check(f"{what} at {where}" if where else what, leaf, RANGES["learning_rate"], "learning_rate")
+        _check(f"{what} at {where}" if where else what, leaf, RANGES[name], name)
 
 
 def _check(what: str, value, allowed: Range, name: str) -> None:

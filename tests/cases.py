@@ -18,22 +18,36 @@ import snr_adam
 from snr_adam.parts import (
     EMA,
     RMS,
+    Adapted,
+    Arctangent,
     Belief,
     Cast,
+    CautiousDecay,
+    CautiousUpdate,
+    ClippedUpdate,
+    CorrectedDecay,
+    Decoupled,
     Deviation,
+    FromFirst,
+    FromMean,
     Full,
     Gradient,
+    Hyperball,
+    IndependentDecay,
     Infinity,
     Maximum,
     Mean,
     Mixture,
     Nesterov,
+    Normalized,
     Packed,
     Previous,
     Rectified,
     Sign,
     Spread,
+    TrustRatio,
     Unit,
+    VarianceReduced,
     Yogi,
 )
 
@@ -46,6 +60,8 @@ SIGNALS = {
     "nesterov_raw": Nesterov(0.9, debias=False),
     "mixture": Mixture(0.9, 0.999, 5.0),
     "sign": Sign(0.9, 0.99),
+    "from_first": FromFirst(0.9),
+    "variance_reduced": VarianceReduced(0.95, 0.025),
 }
 NOISES = {
     "rms": RMS(0.999),
@@ -61,6 +77,22 @@ NOISES = {
     "deviation_debiased": Deviation(0.9, eps_in_sqrt=False, debias=True),
     "spread": Spread(0.95),
     "unit": Unit(),
+    "normalized": Normalized(0.999),
+    "adapted": Adapted(0.95),
+    "from_mean": FromMean(0.9, 0.95),
+    "from_mean_alone": FromMean(0.9),
+}
+DESCENTS = {
+    "decoupled": Decoupled(),
+    "trust_ratio": TrustRatio(),
+    "hyperball": Hyperball(),
+    "cautious_decay": CautiousDecay(),
+    "independent_decay": IndependentDecay(0.1),
+    "corrected_decay": CorrectedDecay(0.1),
+    "cautious_update": CautiousUpdate(),
+    "clipped_update": ClippedUpdate(),
+    "arctangent": Arctangent(),
+    "nested": ClippedUpdate(then=CautiousUpdate(CorrectedDecay(0.1, CautiousDecay(TrustRatio())))),
 }
 STORAGES = {
     "float32": Full(),
@@ -90,8 +122,21 @@ PRESETS = {
         "ademamix",
         "lamb",
         "centered_adam",
+        "stable_adamw",
+        "cautious_adamw",
+        "adamc",
+        "adam_atan2",
+        "laprop",
+        "adams",
+        "bcos",
+        "mars",
+        "adamh",
+        "msvag",
     )
 }
+
+# those whose step takes a norm, a mean or a count of the whole array
+SUMS = ("lamb", "stable_adamw", "cautious_adamw", "mars", "adamh")
 
 
 def tree(seed: int = 0, dtype=None, scale: float = 1.0):

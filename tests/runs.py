@@ -26,6 +26,7 @@ from snr_adam.state.files import restore_state, save_state
 STEPS = 20
 KEPT = 10  # of the checkpoints that are saved for ever
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
+DECAY = optax.linear_schedule(0.5, 0.99, STEPS)
 # name -> the parameters' dtype, the optimizer
 RUNS = {
     "float32": ("float32", lambda: snr_adam.adamw(0.1)),
@@ -39,6 +40,8 @@ RUNS = {
     "two in nu": ("float32", lambda: snr_adam.amsgrad(0.1, storage="bfloat16")),
     "two in mu": ("float32", lambda: snr_adam.ademamix(0.1, storage="bfloat16")),
     "none in nu": ("bfloat16", lambda: snr_adam.lion(0.01, storage="bfloat16")),
+    "a gradient in mu": ("float32", lambda: snr_adam.mars(0.1, storage="bfloat16")),
+    "decays in time": ("float32", lambda: snr_adam.adamw(0.1, b1=DECAY, b2=DECAY, storage="packed")),
     "schedules": ("float32", lambda: snr_adam.adamw(SCHEDULE, weight_decay=SCHEDULE, storage="packed")),
     "carry 16": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(0.1, storage="packed"))),
     "carry 8": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(SCHEDULE, storage="bfloat16"), "8")),

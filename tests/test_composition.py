@@ -175,10 +175,10 @@ def test_injected_hyperparams_change_nothing(name, dtype):
         assert held == jnp.float32(value), key
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamc"])  # a schedule needs its peak
 def test_changing_an_injected_number_takes_effect_without_compiling(name):
     make = PRESETS[name][0]
-    decay = {"rmsprop": "decay", "centered_adam": "b"}.get(name, "b2")
+    decay = next(b for b in ("b2", "b", "decay") if b in inspect.signature(make).parameters)
     tx = optax.inject_hyperparams(make)(0.01)
     params, (g1, g2, g3) = jnp.ones(3), jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, -0.5], [-1.0, 1.0, 2.0]])
     update = quick_jit(tx.update)
@@ -189,10 +189,14 @@ def test_changing_an_injected_number_takes_effect_without_compiling(name):
     got, _ = update(g3, state, params)
     assert update._cache_size() == 1
 
-    plain, changed = make(0.01), make(0.02, **{decay: 0.5})
-    _, state = plain.update(g1, plain.init(params), params)
-    _, state = changed.update(g2, state, params)
-    want, _ = changed.update(g3, state, params)
+    def after_one(then, now):
+        return lambda count: jnp.where(count < 1, now, then)
+
+    before = inspect.signature(make).parameters[decay].default
+    scheduled = make(after_one(0.02, 0.01), **{decay: after_one(0.5, before)})
+    state = scheduled.init(params)
+    for g in (g1, g2, g3):
+        want, state = scheduled.update(g, state, params)
     _assert_close(got, want, rtol=1e-4, atol=1e-8)
 
 
@@ -241,7 +245,9 @@ def test_a_traced_learning_rate_does_not_compile_again(name):
 def test_options_stay_what_they_are_when_injected(name, options):
     make = PRESETS[name][0]
     got, state = _run(optax.inject_hyperparams(make)(0.01, **options), _gradients())
-    _assert_close(got, _run(make(0.01, **options), _gradients())[0], rtol=1e-4, atol=1e-8)
+    narrow = "mu_dtype" in options or "storage" in options  # a corrected average rounds in other places
+    rtol, atol = (2.0**-6, 1e-4) if narrow else (1e-4, 1e-8)
+    _assert_close(got, _run(make(0.01, **options), _gradients())[0], rtol, atol)
     static = {key for key, value in options.items() if isinstance(value, (bool, str, type))}
     assert not static & set(state.hyperparams)
 

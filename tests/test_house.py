@@ -13,7 +13,7 @@ LAYERS = (
     {"_checks", "_compiler", "_recipe", "_tree"},
     {"_bits", "_given", "_numerics"},
     {"descent", "noise", "shared", "signal", "storage"},
-    {"deviation", "step"},
+    {"_per_leaf", "deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
     {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
@@ -33,13 +33,13 @@ LAYERS = (
         "telemetry.observe",
     },
     {"_presets", "state.forms", "telemetry.report"},
-    {"optimizers", "telemetry.advice", "telemetry.trackers"},
+    {"optimizers", "telemetry.advice", "telemetry.trackers", "variants"},
     {"parts", "state", "telemetry"},
     {"__init__", "plan", "state.files", "telemetry.plots"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}
-LONGEST = {"optimizers": 600, "step": 200}
+LONGEST = {"optimizers": 600, "step": 200, "variants": 500}
 RIM = {"telemetry._matplotlib": {"matplotlib"}, "state.files": {"orbax"}}
 
 

@@ -135,7 +135,9 @@ def test_no_nan_is_ever_formed(name):
             _, state = tx.update(g, state, g)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.SIGNALS if name != "sign"])
+@pytest.mark.parametrize(
+    "name", [name for name in cases.SIGNALS if hasattr(cases.SIGNALS[name], "floor") and name != "sign"]
+)
 def test_the_floor_is_the_sum_of_squared_weights(name, x64):
     """An impulse at step k, in element k, shows the weight that gradient k has in the signal of every later step."""
     signal, steps = cases.SIGNALS[name], 60
@@ -157,7 +159,7 @@ def without_units(estimator):
     return dataclasses.replace(estimator, **dict.fromkeys(units, 0.0))
 
 
-@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name != "unit"])
+@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name not in ("unit", "adapted")])
 def test_the_ratio_has_no_unit(noise):
     """Gradients in a unit 2^20 times larger or smaller give the same bits, once nothing is added to the noise."""
     tx = scale_by_snr(cases.SIGNALS["ema"], without_units(cases.NOISES[noise]))
@@ -170,7 +172,7 @@ def test_the_ratio_has_no_unit(noise):
         np.testing.assert_array_equal(scan(scale * grads)[skip:], expected)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamh"])
 def test_the_step_is_proportional_to_the_learning_rate(name):
     preset, _ = cases.PRESETS[name]
     g = jnp.asarray([0.5, -3.0])
@@ -178,10 +180,11 @@ def test_the_step_is_proportional_to_the_learning_rate(name):
     np.testing.assert_array_equal(2 * one, two)
 
 
+PEAK = {snr_adam.adamc: {"peak": 1.0}}  # a schedule needs it
 RATES = {
     "number": lambda preset: preset(0.0),
     "array": lambda preset: preset(jnp.float32(0.0)),
-    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count),
+    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count, **PEAK.get(preset, {})),
 }
 
 
@@ -318,4 +321,5 @@ def test_an_injected_decay_is_not_rounded_to_the_parameters():
     step = cases.quick_jit(lambda *states: [tx.update(w, state, w)[1] for state in states], donate_argnums=(0, 1))
     for state in step(tx.init(w), tx.init(w)):
         assert state.hyperparams["b2"] == np.float32(0.999)
-        np.testing.assert_allclose(state.inner_state[0].nu, 0.001, rtol=1e-4)
+        _, state = tx.update(0 * w, state, w)  # an average of 1 and 0, kept corrected
+        np.testing.assert_allclose(state.inner_state[0].nu, 0.001 * 0.999 / (1 - 0.999**2), rtol=1e-4)

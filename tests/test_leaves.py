@@ -54,7 +54,8 @@ def test_every_kind_of_leaf(name):
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
         assert u.shape == jnp.shape(g)
         assert u.dtype == jnp.float32
-        np.testing.assert_allclose(u, np.full(u.shape, updates["python"]), rtol=1e-6)  # no leaf is special
+        if name not in ("cautious_adamw", "adamh"):  # of one element half a step; of a matrix a turn
+            np.testing.assert_allclose(u, np.full(u.shape, updates["python"]), rtol=1e-6)  # no leaf is special
     assert updates["python"] > 0
     for moment in moments(state):
         for x in jax.tree.leaves(moment):
@@ -96,7 +97,9 @@ def test_complex_moments_are_those_of_the_pair_of_reals(name):
         assert mu.dtype == jnp.complex64
         if name == "yogi":  # from 1e-6, not 1e-6 + 1e-6i
             np.testing.assert_allclose(jnp.stack([mu.real, mu.imag]), real, rtol=1e-4)
-        elif name != "adopt":  # it averages quotients, and the noise of a complex number is one for both parts
+        elif name == "mars":  # its norm is a sum in another order
+            np.testing.assert_allclose(jnp.stack([mu.real, mu.imag]), real, rtol=1e-5)
+        elif name not in ("adopt", "laprop"):  # quotients: the noise of a complex number is one for both parts
             np.testing.assert_array_equal(jnp.stack([mu.real, mu.imag]), real)
     for nu, real in zip(jax.tree.leaves(state[0].nu), jax.tree.leaves(reals[0].nu), strict=True):
         assert nu.dtype == jnp.float32

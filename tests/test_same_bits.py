@@ -27,7 +27,7 @@ STEPS = 20
 DATA = pathlib.Path(__file__).parent / "data"
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
 STORAGES = ("float32", "bfloat16", "packed")
-HOLDS_NO_PACKED = ("amsgrad", "ademamix", "lion", "rmsprop")
+HOLDS_NO_PACKED = ("amsgrad", "ademamix", "lion", "rmsprop", "adams", "bcos", "mars")
 
 
 def _runs():

@@ -23,6 +23,9 @@ NOT_PACKED = {
     "ademamix": "2 moments (FastAndSlow) and one moment",
     "rmsprop": "no moment and one moment",
     "lion": "one moment and no moment",
+    "adams": "one moment and no moment",
+    "bcos": "one moment and no moment",
+    "mars": "2 moments (MeanAndGradient) and one moment",
 }
 
 
