@@ -32,6 +32,7 @@ CONTENDERS = against(
     "snr_adam.adamw float32",
     "snr_adam.adamw bfloat16",
     "snr_adam.adamw packed",
+    "snr_adam.adams",
     "guard float32",
     "guard packed",
     "observe optax.adamw",

@@ -96,7 +96,7 @@ def fit_together(number: int, count: int, dtype: str) -> bool:
 
     The room is the host's, or the accelerator's where JAX's default device is one (whose process takes 0.6 GB there).
     """
-    needed = number * (count * (16 if dtype == "float32" else 12) + 6e8)
+    needed = number * (count * (24 if dtype == "float32" else 18) + 6e8)  # an allocator that grows wants half more
     stats = jax.devices()[0].memory_stats()
     room = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return needed < 0.9 * room
@@ -131,7 +131,7 @@ def measure(table: Table, tree: str, dtype: str, builds: int = 1) -> list[dict]:
     able = {name: worker for name, worker in workers.items() if "error" not in said[name][0]}
     said |= take_turns(able, "build", builds)
     able = {name: worker for name, worker in able.items() if "error" not in said[name][0]}
-    steps = table.steps or max(4, min(2000, int((7e7 if jax.default_backend() == "cpu" else 4e10) / count)))
+    steps = table.steps or max(4, min(2000, int((7e7 if jax.default_backend() == "cpu" else 1.5e10) / count)))
     times = take_turns(able, str(steps), table.rounds)
     for worker in workers.values():
         worker.close()
