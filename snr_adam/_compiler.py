@@ -102,16 +102,6 @@ def with_moments(u: jax.Array, moments, t: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(u, *vs, tpu=tied, default=lambda u, *_: u)
 
 
-def apart(x: Any) -> jax.Array:
-    """x, in a kernel that makes nothing else.
-
-    Whether another package's step was taken is seen from its count. XLA for GPU takes that comparison into the kernel
-    that makes the scalars of the update, and then the look and the update of a large leaf do not become one kernel: m
-    and g are read twice, 36 bytes for 28.
-    """
-    return jax.lax.optimization_barrier(x)
-
-
 def one_by_one(x: Any, one: jax.Array) -> tuple[Any, jax.Array]:
     """The same two, in a way that ties `one` to x: for a loop over leaves that each use a shared scalar.
 

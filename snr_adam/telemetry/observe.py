@@ -153,7 +153,7 @@ def observe(
             kinds = found.constants if found else as_computed(from_outside(leaves, outer)[i], old)
             counts = [getattr(moments.owner, "count", None) for moments in (old, new)]
             counted = all(getattr(count, "shape", None) == () for count in counts)
-            t, ok = (counts[1], _compiler.apart(counts[1] != counts[0])) if counted else (state.count + 1, True)
+            t, ok = (counts[1], counts[1] != counts[0]) if counted else (state.count + 1, True)
             return Outside(leaves[i], old, new, kinds, us[i], t, ok)
 
         those = [leaf.number for leaf in observed]
