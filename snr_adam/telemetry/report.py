@@ -24,7 +24,7 @@ from snr_adam import _tree
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
-from snr_adam.telemetry.columns import OF_LAGS, COLUMNS, Sums, columns
+from snr_adam.telemetry.columns import COLUMNS, OF_LAGS, Sums, columns
 from snr_adam.telemetry.observe import ObserveState
 
 _TINY = np.finfo(float).tiny
@@ -157,7 +157,10 @@ def _read(state: ObserveState) -> _Part:
         sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
         last.param_sq, *(x[:-1] for x in (means.gradient_sq, means.persistent, lasting**2, *of_lags)),
     )  # fmt: skip
-    own = {"persistent": means.persistent, "persistent_half": lasting**2}  # leaves share examples: the total has its own
+    own = {
+        "persistent": means.persistent,
+        "persistent_half": lasting**2,
+    }  # leaves share examples: the total has its own
     own |= dict(zip(OF_LAGS, of_lags, strict=True))
     total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in own.items()})
     window = round(min(seen, WINDOW) * count / seen) if seen else 0
@@ -189,6 +192,7 @@ def report(opt_state, batch_size: float | None = None, examples: int | None = No
             "tx = snr_adam.observe(tx), and pass the state of that one"
         )
     parts = [_read(state) for state in states]
+    parts = [part for part in parts if part.names] or parts[:1]
     names = tuple(name for part in parts for name in part.names)
     sums = Sums.join([part.sums for part in parts])
     total = parts[0].total if len(parts) == 1 else Sums.join([part.total for part in parts]).add()
