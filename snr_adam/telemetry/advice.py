@@ -148,7 +148,7 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     Reference: McCandlish et al., arXiv 1812.06162, appendix C, for averages over a run.
     """
     steps = np.asarray(history.steps)
-    gaps = np.diff(steps, prepend=since)
+    gaps = np.where(steps > since, np.diff(steps, prepend=since), 0)
     keys = ("snr", "snr_error", "snr_low", "snr_high")
     rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((4, 0), np.nan)
     known = np.isfinite(rows).all(0) & (gaps[: rows.shape[1]] > 0)
