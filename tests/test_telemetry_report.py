@@ -274,6 +274,13 @@ def test_an_interval_holds_its_number_and_the_relative_errors_are_equal(examples
     assert told == {True, False}
 
 
+def test_norms_are_never_below_none():
+    """The signal as estimated may be below 0, or more than the power: then one of the norms is 0."""
+    made = measured(share_sum=[-1.0, 5.0, 1.0], power_sum=[4.0] * 3, gradient_norm=[2.0] * 3, least_sum=[-9.0] * 3)
+    np.testing.assert_allclose(made.columns["gradient_signal"], [0, 5**0.5, 1])
+    np.testing.assert_allclose(made.columns["gradient_noise"], [5**0.5, 0, 3**0.5])
+
+
 def test_batches_without_replacement_add_their_share_of_an_epoch_to_the_snr():
     """And to both ends of its interval; nothing else of the signal changes but the noise scale."""
     plain, drawn = (measured(20, n, **LAYERS | {"half": [0.3, 0.5, 0.8]}).columns for n in (None, 80))

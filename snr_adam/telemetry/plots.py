@@ -180,13 +180,13 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     history, axes = _history(history), _axes(axes)
     scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
     known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(low) & (low > 0)
-    value, limit = np.where(known, scale, np.nan), low
-    low, high = np.maximum(np.where(known, low, np.nan), value / 10), np.minimum(np.where(known, high, np.nan), value * 10)
-    axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    value = np.where(known, scale, np.nan)
+    ends = np.maximum(low, value / 10), np.minimum(high, value * 10)
+    axes.fill_between(history.steps, *ends, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     # dots, for a number between two limits would be a line of length 0
     axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
     if beyond.any():
-        axes.plot(history.steps[beyond], limit[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
+        axes.plot(history.steps[beyond], low[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
     used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
     axes.axhline(batch_size or 1, ls="--", color=GRAY, label=used)
     axes.set_yscale("log")

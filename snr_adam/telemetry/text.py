@@ -121,7 +121,8 @@ def numbers(report) -> Table:
         f"the update over that of the parameters; noise scale in {unit}, with its 95 % interval"
     )
     window = getattr(report, "window", 0)
-    title = f"step {report.step:,}" + (f"; snr, persistence and noise scale over about {window:,} steps" if window else "")
+    over = f"; snr, persistence and noise scale over about {window:,} steps" if window else ""
+    title = f"step {report.step:,}{over}"
     return Table(title, ("layer", *_SHOWN, "noise scale"), cells, legend, spare=_SPARE)
 
 
@@ -219,4 +220,5 @@ def _text(key: str, row: dict[str, Any]) -> str:
 def _scale_text(row: dict[str, Any]) -> str:
     if np.isnan(row["noise_scale"]):
         return "-"
-    return str(NoiseScale(*(row[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high")), "lags"))
+    value, error, low, high = (row[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high"))
+    return str(NoiseScale(value, error, low, high, "lags"))
