@@ -25,10 +25,19 @@ def false_bounds(found: list[Row]) -> tuple[list[float], int]:
     return [x for x in over if x > 1], len(bounds)
 
 
-def ratio(found: list[Row]) -> float:
-    """The median of estimate over truth, where the truth is at least three errors; nan where it never is."""
-    clear = [row.total["snr"] / row.snr for row in found if row.snr > 3 * row.total["snr_error"]]
-    return float(np.median(clear)) if clear else np.nan
+def ratios(found: list[Row]) -> dict[tuple, float]:
+    """Median of the estimates over median of the truth, for each rate, batch and step where it is three errors clear.
+
+    Not row by row: an estimate that is too small has a small error, and would be chosen for it.
+    """
+    cells: dict = {}
+    for row in found:
+        cells.setdefault((row.rate, row.batch, row.step), []).append(row)
+    medians = {
+        cell: [np.median(x) for x in zip(*((r.total["snr"], r.total["snr_error"], r.snr) for r in some), strict=True)]
+        for cell, some in cells.items()
+    }
+    return {cell: float(snr / true) for cell, (snr, error, true) in medians.items() if true > 3 * error}
 
 
 def check_consistent(row: Row) -> None:
@@ -46,7 +55,9 @@ def test_a_small_workload():
     """A noisy quadratic at two rates: the SNR is in its interval, also where <m, g> knows only a part of it."""
     found = rows("quadratic", rates=(0.03, 0.1), batches=(16,), looks=(20, 80), seeds=4)
     assert np.mean([covers(row) for row in found]) >= 0.85
-    assert 0.8 < ratio(found) < 1.25
+    for rate in (0.03, 0.1):
+        late = [(row.total["snr"], row.snr) for row in found if (row.step, row.rate) == (80, rate)]
+        assert 0.8 < np.divide(*np.median(late, axis=0)) < 1.25, rate
     late = [row.total for row in found if row.step == 80]
     assert np.median([x["snr_high"] / x["snr_low"] for x in late]) < 6
     of_momentum = [x["persistent"] / (x["gradient_norm"] ** 2 - x["persistent"]) for x in late]
@@ -61,10 +72,11 @@ def test_a_small_workload():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_the_snr_is_in_its_interval_at_every_rate(name):
     """In at least 75 % of looks at each rate; and right on the median, where there is enough to see."""
+    wrong = {cell: x for cell, x in ratios(seen(name)).items() if not 0.8 < x < 1.25}
+    assert wrong == {}
     for rate in sorted({row.rate for row in seen(name)}):
         some = [row for row in seen(name) if row.rate == rate]
         assert np.mean([covers(row) for row in some]) >= 0.75, rate
-        assert not abs(np.log(ratio(some))) > np.log(1.25), (rate, ratio(some))
     for row in seen(name):
         check_consistent(row)
 
@@ -75,5 +87,6 @@ def test_the_snr_is_in_its_interval():
     every = [row for name in WORKLOADS for row in seen(name)]
     assert np.mean([covers(row) for row in every]) >= 0.85
     over, bounds = false_bounds(every)
-    assert len(over) <= 0.05 * bounds
+    assert bounds > 0
+    assert len(over) <= max(0.05 * bounds, 1)  # there are few: one more or less is chance
     assert max(over, default=0) <= WORST
