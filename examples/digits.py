@@ -7,7 +7,7 @@ two moving averages of it: m of the gradient, in which the noise averages out an
 square, whose root is the *noise*. Every weight moves by learning_rate times their ratio, the SNR.
 
 Here one label in five is wrong. Nobody can predict which, so mini-batches never stop disagreeing: once the digits are
-learned the signal is gone and the noise is still there. The SNR then falls to a floor, and not to 0, because the
+learned the signal is lost in a noise that stays. The SNR then falls to a floor, and not to 0, because the
 average of finitely many noisy numbers is never quite 0. With --clean all labels are right: then the noise falls too.
 
     python3 -m uv run examples/digits.py                          two tables, and the picture build/digits.png
@@ -114,8 +114,8 @@ def draw(runs: dict[str, Run], epochs: int, wrong: float, out: Path) -> None:
     plots.snr(runs["Adam"].reports, axes=right)
     middle.set_ylim(0, 1.35 * middle.dataLim.ymax)
     right.set_ylim(0, 1)
-    stays = "stays" if wrong else "falls too"
-    titles = "1  Both learn", f"2  The signal goes, the noise {stays}", "3  The SNR falls to its floor"
+    second = "The signal is lost in the noise" if wrong else "Signal and noise fall"
+    titles = "1  Both learn", f"2  {second}", "3  The SNR falls to its floor"
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set(xlabel=f"updates (mini-batches of {BATCH} digits)", xlim=(0, n * epochs))
         axes.set_title(title, weight="bold")
@@ -128,15 +128,14 @@ def draw(runs: dict[str, Run], epochs: int, wrong: float, out: Path) -> None:
 def closing(run: Run) -> str:
     """What one sees, in numbers: all layers together, after the first epoch and after the last."""
     early, late = (run.reports[i].total for i in (0, -1))
-    begin = early["persistent"] ** 0.5
-    # Less signal than two standard errors cannot be told from none.
-    least = late["noise"] * max(late["snr"], 2 * late["snr_error"]) ** 0.5
-    fold = f"{'at least ' if late['snr'] < 2 * late['snr_error'] else ''}{begin / least:.0f}-fold"
-    noise = "fell too" if late["noise"] < 0.8 * early["noise"] else "did not fall"
+    noises = early["gradient_noise"], late["gradient_noise"]
+    # where no signal was found, only the upper end of the interval is known
+    left = f"{late['snr']:.2f}" if late["snr_low"] > 0 else f"at most {late['snr_high']:.2f}"
+    noise = "fell too" if noises[1] < 0.8 * noises[0] else "did not fall"
     return (
-        f"The signal fell {fold}, from {begin:.2f}; "
-        f"the noise {noise}: {early['noise']:.2f}, then {late['noise']:.2f}.\n"
-        f"The SNR fell from {early['pseudo_snr']:.2f} to {late['pseudo_snr']:.3f}; "
+        f"The true gradient had {early['snr']:.2f} times the power of the noise, and has {left} in the end;\n"
+        f"the noise {noise}: {noises[0]:.2f}, then {noises[1]:.2f}.\n"
+        f"The optimizer's SNR fell from {early['pseudo_snr']:.2f} to {late['pseudo_snr']:.3f}; "
         f"pure noise would show {late['floor']:.3f}."
     )
 

@@ -104,9 +104,10 @@ def batch_at(step: int, options, size, mesh):
 def telemetry(state, batch: int) -> str:
     """What `observe` has seen so far, of all layers together: small vectors that every process holds whole."""
     total = snr_adam.report(state, batch).total
-    scale = (
-        f"{total['noise_scale']:.0f}" if np.isfinite(total["noise_scale"]) else f">= {total['noise_scale_limit']:.0f}"
-    )
+    if np.isnan(total["snr"]):
+        return f"update RMS {total['update_rms']:.2e}  SNR not known yet"
+    found = total["noise_scale"] if total["snr_low"] > 0 else total["noise_scale_low"]
+    scale = f"{'' if total['snr_low'] > 0 else '>= '}{found:.0f}"
     return f"update RMS {total['update_rms']:.2e}  SNR {total['snr']:.3f}  noise scale {scale} windows"
 
 

@@ -5,14 +5,16 @@
 The gradient of B examples is G plus noise, and in a batch of B_simple examples both are equally strong. Smaller batches
 are mostly noise: twice the batch then needs nearly half the steps. Larger ones waste examples.
 
-Adam's momentum m remembers the last ten gradients or so. What the next gradient g has in common with it cannot be
-noise, for noise comes anew each time. So two numbers per step, |g|^2 and <m, g>, tell noise from signal. That is what
-`snr_adam.observe` keeps. Beside it stands the truth, from the gradients of all 1,437 training examples one by one; and
-the noise scale in Adam's own geometry, where sums of sizes take the place of sums of squares (l1), from moving averages
-of g and g^2.
+Two gradients of the same weights have independent noise, so what they have in common is signal. Successive gradients
+are nearly that: `snr_adam.observe` keeps their products, six at a time, and takes them back to lag 0. Momentum will not
+do: it remembers ten gradients, and at ordinary learning rates they turn round within that time.
 
-As the network learns, signal goes faster than noise, so larger batches pay. Late in training gradients turn round every
-few steps: then less of them persists than the square of one shows, and the two scalars ask for more than the truth.
+Beside it stands the truth, from the gradients of all 1,437 training examples one by one; and the noise scale in Adam's
+own geometry, where sums of sizes take the place of sums of squares (l1), from moving averages of g and g^2.
+
+As the network learns, signal goes faster than noise, so larger batches pay. The truth is of one moment, the estimate an
+average over some 80 steps, which is behind while the noise scale grows. Where it finds no signal it says what the noise
+scale is above, and the truth is.
 
     python3 -m uv run examples/noise_scale.py                   a table, and the picture build/noise_scale.png
     python3 -m uv run examples/noise_scale.py --wrong 0.2       with a fifth of the labels wrong, noise stays
@@ -32,7 +34,8 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import snr_adam
-from snr_adam.telemetry import noise_scale
+from snr_adam.telemetry import Report, noise_scale
+from snr_adam.telemetry.advice import over_run
 from snr_adam.telemetry.noise_scale import NoiseScale
 
 BATCH, HELD_OUT, RATE = 32, 360, 0.001
@@ -53,11 +56,12 @@ class MLP(nnx.Module):
 
 
 class Look(NamedTuple):
-    """The loss since the last look, and the noise scales after `step` steps, in examples."""
+    """The loss since the last look, what `observe` has seen, and the noise scales after `step` steps, in examples."""
 
     step: int
     loss: float
-    scalars: NoiseScale
+    report: Report
+    lags: NoiseScale
     exact: float
     l1: NoiseScale
     l1_exact: float
@@ -84,10 +88,10 @@ def all_examples(loss_of, params, x, y):
     return squares(params, x, y)[0]
 
 
-def two_scalars(opt_state) -> NoiseScale:
+def from_lags(report: Report) -> NoiseScale:
     """What `observe` has seen, all layers together."""
-    total = snr_adam.report(opt_state, batch_size=BATCH).total
-    return NoiseScale(total["noise_scale"], total["noise_scale_error"], total["noise_scale_limit"], "scalars")
+    value, error, low, high = (report.total[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high"))
+    return NoiseScale(value, error, low, high, "lags")
 
 
 def train(wrong: float, steps: int, seed: int = 0) -> list[Look]:
@@ -118,48 +122,51 @@ def train(wrong: float, steps: int, seed: int = 0) -> list[Look]:
         recent = [optax.tree.bias_correction(moment, BETA, watched.count) for moment in (watched.mu, watched.nu)]
         l1 = noise_scale.l1_from_moments(*recent, snr_adam.parts.EMA(BETA).floor(count), BATCH)
         exact, l1_exact = noise_scale.from_moments(*everything), noise_scale.l1_from_moments(*everything)
-        looks.append(Look(count, float(losses.mean()), two_scalars(state), exact.value, l1, l1_exact.value))
+        seen = snr_adam.report(state, batch_size=BATCH)
+        looks.append(Look(count, float(losses.mean()), seen, from_lags(seen), exact.value, l1, l1_exact.value))
     return looks
 
 
 def table(looks: list[Look]) -> str:
     """About a dozen looks, closer together while the network learns fast. Noise scales are in examples."""
     lines = [
-        f"{'':14}{'B_simple':>25}{'l1':>25}",
-        f"{'step':>6}{'loss':>8}{'two scalars':>17}{'exact':>8}{'averages':>17}{'exact':>8}",
+        f"{'':14}{'B_simple':>32}{'l1':>32}",
+        f"{'step':>6}{'loss':>8}{'lags':>24}{'exact':>8}{'averages':>24}{'exact':>8}",
     ]
     for look in looks:
         if look.step % (50 if look.step <= 300 else 100) == 0 or look is looks[-1]:
-            both = f"{look.scalars!s:>17}{look.exact:8,.0f}{look.l1!s:>17}{look.l1_exact:8,.0f}"
+            both = f"{look.lags!s:>24}{look.exact:8,.0f}{look.l1!s:>24}{look.l1_exact:8,.0f}"
             lines.append(f"{look.step:6}{look.loss:8.3f}{both}")
     return "\n".join(lines)
 
 
 def closing(looks: list[Look]) -> str:
-    """How far the two scalars are from the truth, while signal is plentiful and after."""
-    off = [(look.step, look.scalars.value / look.exact) for look in looks if np.isfinite(look.scalars.value)]
-    early, late = ([x for step, x in off if (step <= 300) == first] for first in (True, False))
-    text = f"Up to step 300 the two scalars read {min(early):.2f} to {max(early):.2f} times the exact noise scale.\n"
-    return f"{text}Later, where they see a signal, {np.median(late):.1f} times (median)." if late else text.strip()
+    """How often the truth was in the interval, and how far the estimate was from it."""
+    inside = sum(look.lags.low <= look.exact <= look.lags.high for look in looks)
+    found = [look.lags.value / look.exact for look in looks if np.isfinite(look.lags.value)]
+    wrong = sum(look.lags.low > look.exact for look in looks if np.isinf(look.lags.value))
+    text = f"The exact noise scale was in the interval of the lags in {inside} of {len(looks)} looks.\n"
+    if found:
+        middle = np.median(found)
+        text += f"Where they found a signal, in {len(found)}, they read {middle:.2f} times the exact one (median).\n"
+    bounds = len(looks) - len(found)
+    if bounds:
+        text += f"Where not, in {bounds}, the noise scale was above what they say in {bounds - wrong}.\n"
+    return text.rstrip()
 
 
 def draw(looks: list[Look], out: Path) -> None:
-    """The noise scale while the network learns, with its band of 2 standard errors, and the truth."""
+    """The noise scale while the network learns, with its interval of 95 %, and the truth."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     steps = np.array([look.step for look in looks])
-    value, error, limit = np.array([look.scalars[:3] for look in looks]).T
+    value, low, high = np.array([(look.lags.value, look.lags.low, look.lags.high) for look in looks]).T
     found = np.isfinite(value)
-    # What has a normal error is the signal, 1 / value; where there is none, all above the limit is possible.
-    signal = 1 / value
-    spread = np.where(found, 2 * error, 0) * signal**2
-    low = np.where(found, 1 / np.where(found, signal + spread, 1), limit)
-    high = 1 / np.maximum(signal - spread, 1e-9)
-    top = 3 * max(value[found].max(), max(look.l1_exact for look in looks))
-    axes.fill_between(steps, low, np.minimum(high, top), color=BLUE, alpha=0.2, lw=0)
-    axes.plot(steps, np.where(found, value, np.nan), color=BLUE, label="from two scalars, with 2 standard errors")
+    top = 3 * max(look.l1_exact for look in looks)
+    axes.plot(steps, np.where(found, value, np.nan), color=BLUE, label="from lags of gradients, over some 80 steps")
+    axes.fill_between(steps, low, np.minimum(high, top), color=BLUE, alpha=0.2, lw=0, label="its 95 % interval")
     if not found.all():
-        axes.plot(steps, np.where(found, np.nan, limit), color=BLUE, ls=":", label="no signal found: at least this")
+        axes.plot(steps, np.where(found, np.nan, low), color=BLUE, ls=":", label="no signal found: at least this")
     axes.plot(steps, [look.exact for look in looks], "o", color=ORANGE, label="exact, from single examples")
     axes.plot(steps, [look.l1.value for look in looks], "--", color=GREEN, label="l1, from averages of g and g²")
     axes.plot(steps, [look.l1_exact for look in looks], "^", color=GREEN, label="l1, exact")
@@ -187,8 +194,11 @@ def main(args=None) -> list[Look]:
     draw(looks, options.out)
     print(table(looks))
     print(closing(looks))
-    print("\nAdvice from the last two-scalar measurement:")
-    print(snr_adam.telemetry.advise(looks[-1].scalars, BATCH, RATE, B1, B2))
+    print("\nAdvice, from the mean SNR of the whole run:")
+    whole = over_run(snr_adam.History(look.report for look in looks), BATCH)
+    last = looks[-1].report.total
+    persistence = last["persistence_low"], last["persistence_high"]
+    print(snr_adam.telemetry.advise(whole, BATCH, RATE, B1, B2, persistence=persistence))
     print(f"The picture is in {options.out.resolve()}")
     return looks
 

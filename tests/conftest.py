@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=0, help="draw this many new examples instead of a few fixed ones")
 
 
-TOGETHER = ("test_resume", "test_distributed", "test_examples", "test_adam_by_hand", "test_char_lm")
+TOGETHER = ("test_brute_force", "test_resume", "test_distributed", "test_examples", "test_adam_by_hand", "test_char_lm")
 # sweeps of which the default run takes every nth case, and `-m "slow or not slow"` all
 THINNED = {
     "test_a_bad_step_has_not_happened": 2,

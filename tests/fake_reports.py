@@ -5,21 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from snr_adam.telemetry.report import Report, _Raw
+from snr_adam.telemetry.columns import COLUMNS, Sums, columns
+from snr_adam.telemetry.report import Report
 
 B1 = 0.9
-QUANTITIES = (
-    *("size", "signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step"),
-    *(
-        "update_rms",
-        "param_rms",
-        "gradient_norm",
-        "persistent",
-        "noise_scale",
-        "noise_scale_error",
-        "noise_scale_limit",
-    ),
-)
+QUANTITIES = tuple(COLUMNS)
 
 
 def floor(t):
@@ -28,7 +18,7 @@ def floor(t):
 
 
 def fake_reports(times: int, layers: int, every: int = 10, seed: int = 0):
-    """Signal that fades, in deeper layers first, and noise that stays; the last noise scale is beyond its limit."""
+    """Signal that fades, in deeper layers first, and noise that stays; of the last noise scales a bound is known."""
     rng = np.random.default_rng(seed)
     names = tuple(f"layers/{i}/kernel" for i in range(layers))
     depth = np.arange(layers) / max(layers - 1, 1)
@@ -36,46 +26,49 @@ def fake_reports(times: int, layers: int, every: int = 10, seed: int = 0):
         step, signal = every * (i + 1), np.exp(-4 * (i + 1) / times * (0.5 + depth))
         noise = 0.8 + 0.1 * rng.random(layers)
         rho = floor(step) ** 2
-        columns = {key: rng.lognormal(size=layers) for key in QUANTITIES}
-        columns |= {"signal": signal, "noise": noise, "floor": np.full(layers, rho**0.5)}
-        columns["pseudo_snr"] = np.sqrt((signal**2 + rho * noise**2) / (signal**2 + noise**2))
-        columns |= {"persistent": signal**2, "gradient_norm": np.sqrt(signal**2 + noise**2)}
-        columns["param_rms"] = np.full(layers, np.nan)
-        total = {key: float(values.mean()) for key, values in columns.items()}
+        made = {key: rng.lognormal(size=layers) for key in QUANTITIES}
+        made |= {"signal": signal, "noise": noise, "floor": np.full(layers, rho**0.5)}
+        made["pseudo_snr"] = np.sqrt((signal**2 + rho * noise**2) / (signal**2 + noise**2))
+        made |= {"gradient_signal": signal, "gradient_noise": noise, "gradient_norm": np.hypot(signal, noise)}
+        made["param_rms"] = np.full(layers, np.nan)
+        total = {key: float(values.mean()) for key, values in made.items()}
         scale = 32 * noise.mean() ** 2 / signal.mean() ** 2
-        total |= {"noise_scale": scale, "noise_scale_error": 0.2 * scale, "noise_scale_limit": 1e4}
-        if scale > 1e4:
-            total |= {"noise_scale": np.inf, "noise_scale_error": np.inf}
-        yield SimpleNamespace(step=step, names=names, columns=columns, total=total)
+        seen = scale <= 1e4
+        ends = {"_error": 0.2 * scale, "_low": 0.7 * scale, "_high": 1.5 * scale} if seen else {"_low": 1e4}
+        total |= {f"noise_scale{end}": ends.get(end, np.inf) for end in ("_error", "_low", "_high")}
+        total["noise_scale"] = scale if seen else np.inf
+        yield SimpleNamespace(step=step, names=names, columns=made, total=total)
 
 
-def measured(batch_size=None, step=7, **numbers) -> Report:
+ROOT_OF = {
+    **{f"{key}_sq": key for key in ("signal", "noise", "floor")},
+    **{"gradient_sq": "gradient_norm", "persistent_half": "persistent_half", "spread": "half"},
+}
+"""Sums that are squares, and of what."""
+
+
+def measured(batch_size=None, examples=None, step=7, **numbers) -> Report:
     """A report of layers that have these numbers, a list for each quantity, with the sums that groups are made of.
 
-    What is not given is 1, and of the elements all are `counted`. `persistent_error` is the standard error of
-    `persistent`. The only place that knows how a report keeps its sums.
+    What is not given is 1, and of the elements all are `counted`. share_sum and power_sum are S and a of the lags, half
+    half the width of the interval of S, persistent_half that of `persistent`; slack, above and least_sum are 0 if not
+    given. The only place that knows how a report keeps its sums.
     """
     layers = len(next(iter(numbers.values())))
-    x = {key: np.array(values, float) for key, values in numbers.items()}
+    x = {"slack": np.zeros(layers), "above": np.zeros(layers), "least_sum": np.zeros(layers)}
+    x |= {key: np.array(values, float) for key, values in numbers.items()}
 
     def of(key, default=None):
         return x.get(key, np.ones(layers) if default is None else default)
 
     size = of("size")
     counted = of("counted", size)
-    raw = _Raw(
-        size=size,
-        signal_sq=of("signal") ** 2,
-        noise_sq=of("noise") ** 2,
-        floor_sq=of("floor") ** 2,
-        significant=of("significant") * counted,
-        counted=counted,
-        update_sq=of("update_rms") ** 2 * size,
-        param_sq=of("param_rms") ** 2 * size,
-        gradient_sq=of("gradient_norm") ** 2,
-        persistent=of("persistent"),
-        persistent_var=of("persistent_error") ** 2,
-        snr_var=of("snr_error") ** 2,
-    )
-    total = {key: float(column[0]) for key, column in raw.add().columns(batch_size).items()}
-    return Report(step, tuple(string.ascii_letters[:layers]), raw.columns(batch_size), total, batch_size, raw)
+    means = {"significant": of("significant") * counted}
+    means |= {f"{key}_sq": of(f"{key}_rms") ** 2 * size for key in ("update", "param")}
+    squares = {key: of(name) ** 2 for key, name in ROOT_OF.items()}
+    plain = {key: of(key) for key in ("persistent", "share_sum", "power_sum", "slack", "above", "least_sum")}
+    sums = Sums(size=size, counted=counted, **means, **squares, **plain)
+    of_all = columns(sums.add(), batch_size, examples)
+    total = {key: float(column[0]) for key, column in of_all.items()}
+    names = tuple(string.ascii_letters[:layers])
+    return Report(step, names, columns(sums, batch_size, examples), total, batch_size, examples, sums=sums)

@@ -1,18 +1,22 @@
 """Advice: a batch next to the noise scale, and hyper-parameters that keep what they mean."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snr_adam import History
 from snr_adam.telemetry import advise
+from snr_adam.telemetry.advice import over_run
 from snr_adam.telemetry.noise_scale import NoiseScale, from_scalars
 
 
-def measured(value, error=1.0, limit=1e9):
-    return NoiseScale(value, error, limit, "given")
+def measured(value, error=1.0, low=None):
+    """A noise scale with an interval from .8 to 1.25 of it, if no lower end is given."""
+    return NoiseScale(value, error, 0.8 * value if low is None else low, 1.25 * value, "given")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,101 @@ def test_steps_and_examples_are_mccandlishs():
     assert (steps * advice.steps - 1) * (examples * advice.examples - 1) == pytest.approx(1)
 
 
+@given(st.floats(1e-3, 1e6), st.floats(0, 1), st.floats(1, 1e3), st.integers(1, 10**4))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_steps_and_examples_are_between_those_of_the_ends(value, below, above, batch_size):
+    noise_scale = NoiseScale(value, 1.0, value * below, value * above, "given")
+    advice = advise(noise_scale, batch_size, 1e-3)
+    now, then = batch_size, advice.advised.batch_size
+    ends = sorted((1 + scale / then) / (1 + scale / now) for scale in (value * below, value * above))
+    assert advice.steps_interval == pytest.approx(ends, rel=1e-9)
+    assert advice.examples_interval == pytest.approx([x * then / now for x in ends], rel=1e-9)
+    for x, (low, high) in ((advice.steps, advice.steps_interval), (advice.examples, advice.examples_interval)):
+        assert low * (1 - 1e-9) <= x <= high * (1 + 1e-9)
+
+
+def test_without_an_upper_end_as_many_steps_as_the_batch_is_larger_may_be_saved():
+    advice = advise(measured(np.inf, np.inf, 400.0), 32, 1e-3)
+    assert advice.steps_interval == pytest.approx((1 / 8, (1 + 400 / 256) / (1 + 400 / 32)))
+    assert advice.examples_interval == pytest.approx((1, 8 * (1 + 400 / 256) / (1 + 400 / 32)))
+
+
+NOT_TOO_LARGE = "The learning rate is not too large"
+IN_BALANCE = (
+    "A larger learning rate is unlikely to help; a lower one, or a\ndecay, helps if the loss has stopped falling"
+)
+
+
+@pytest.mark.parametrize("batch_size", [32, 96])
+@pytest.mark.parametrize(
+    ("persistence", "said"),
+    [
+        ((0.11, 0.5), NOT_TOO_LARGE),
+        ((0.2, np.inf), NOT_TOO_LARGE),
+        ((-0.3, 0.09), IN_BALANCE),
+        ((-0.9, -0.2), IN_BALANCE),
+        ((0.09, 0.11), None),
+        ((0.1, 0.5), None),
+        ((-0.5, 0.1), None),
+        ((np.nan, np.nan), None),
+        (None, None),
+    ],
+)
+def test_of_the_learning_rate_only_what_experiments_bear_out_is_said(persistence, said, batch_size):
+    """Above .1 that it is not too large, below .1 that a larger one is unlikely to help, else nothing."""
+    advice = advise(measured(96.0), batch_size, 1e-3, persistence=persistence)
+    text = str(advice)
+    assert advice.advised.batch_size == (128 if batch_size == 32 else 96)
+    for sentence in (NOT_TOO_LARGE, IN_BALANCE):
+        assert (sentence in text) == (sentence in advice.learning_rate) == (sentence == said)
+    assert (advice.learning_rate == "") == (said is None)
+    assert max(map(len, text.splitlines())) < 125
+
+
+def run_of(*rows) -> History:
+    """A history of reports: step, SNR, its error, and the ends of its interval."""
+    keys = ("snr", "snr_error", "snr_low", "snr_high")
+    return History(
+        SimpleNamespace(step=step, names=(), columns={}, total=dict(zip(keys, row, strict=True))) for step, *row in rows
+    )
+
+
+def test_the_noise_scale_of_a_run_is_that_of_its_mean_snr():
+    """Each report counts for the steps since the one before it."""
+    history = run_of((10, 0.1, 0.01, 0.05, 0.2), (20, 0.2, 0.03, 0.15, 0.3), (50, 0.4, 0.02, 0.3, 0.5))
+    snr, error, low, high = 0.3, (0.1 + 0.3 + 0.6) / 50, (0.5 + 1.5 + 9) / 50, (2 + 3 + 15) / 50
+    found = over_run(history, 32)
+    assert found[:4] == pytest.approx((32 / snr, 32 / snr * error / snr, 32 / high, 32 / low))
+    late = over_run(history, 32, since=10)
+    assert late.value == pytest.approx(32 / ((0.2 + 3 * 0.4) / 4))
+    for since in (20, 30, 49):
+        assert over_run(history, 32, since=since).value == pytest.approx(32 / 0.4)
+    assert advise(found, 32, 1e-3).advised.batch_size == 128
+
+
+def test_where_no_signal_was_found_it_counts_from_none():
+    """And reports that know nothing do not count."""
+    unknown = (2, np.nan, np.nan, np.nan, np.nan)
+    mixed = run_of(unknown, (12, -0.1, 0.1, -0.3, 0.1), (22, 0.5, 0.1, 0.3, 0.9))
+    assert over_run(mixed, 10).value == pytest.approx(10 / 0.25)
+    assert over_run(mixed, 10).low == pytest.approx(10 / 0.5)
+    assert over_run(mixed, 10).high == pytest.approx(10 / 0.15)
+    none = over_run(run_of(unknown, (12, 0.1, 0.1, -0.3, 0.4)), 10)
+    assert (none.value, none.error, none.high) == (np.inf,) * 3
+    assert none.low == pytest.approx(25)
+    assert str(none) == ">= 25"
+
+
+@pytest.mark.parametrize(
+    "history",
+    [History(), run_of((2, *(np.nan,) * 4)), run_of((2, 0.1, 0.1, 0.1, 0.1))],
+    ids=["no report", "no SNR", "all before"],
+)
+def test_a_run_without_an_snr_says_when_there_is_one(history):
+    with pytest.raises(ValueError, match="no report of this history has an SNR: the first comes six steps after"):
+        over_run(history, 32, since=2)
+
+
 def test_without_momentum_decays_stay_zero():
     assert advise(measured(96.0), 32, 0.1, 0.0, 0.0).advised[2:] == (0.0, 0.0)
 
@@ -78,9 +177,16 @@ def test_without_momentum_decays_stay_zero():
 @pytest.mark.parametrize(
     ("noise_scale", "said"),
     [
-        (measured(96.0, 13.0), ["96 +- 13", "25% signal", "0.002", "0.44 times the steps", "211 and 22,170 examples"]),
+        (
+            measured(96.0, 13.0),
+            [
+                *("96 (77 to 120)", "25% signal", "0.002", "0.44 times the steps (0.41 to 0.47)"),
+                *("1.8 times the examples (1.6 to 1.9)", "211 and 22,170 examples"),
+            ],
+        ),
         (measured(32.0), ["50% signal", "advised  the same"]),
         (measured(np.inf, np.inf, 400.0), [">= 400", "at most 7% signal", "256 examples", "measure again"]),
+        (measured(np.inf, np.inf, 400.0), ["0.19 times the steps (0.12 to 0.19)"]),
     ],
 )
 def test_advice_explains_itself(noise_scale, said):

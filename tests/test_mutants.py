@@ -19,11 +19,13 @@ import numpy as np
 import optax
 import pytest
 import test_accuracy
+import test_advice
 import test_bits
 import test_checkpoint
 import test_decays
 import test_family
 import test_history
+import test_lags
 import test_laws
 import test_leaves
 import test_migration
@@ -54,9 +56,11 @@ from snr_adam import (
 )
 from snr_adam import step as heart
 from snr_adam.state import sharding
-from snr_adam.telemetry import history, plots, text, trackers
+from snr_adam.telemetry import _lags as lags
+from snr_adam.telemetry import columns, history, plots, text, trackers
 
 checkpoint, migration = (sys.modules[f"snr_adam.state.{name}"] for name in ("digest", "migration"))
+advice, report = (sys.modules[f"snr_adam.telemetry.{name}"] for name in ("advice", "report"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +209,30 @@ def grouped(key, formula):
     return replaced(snr_adam.telemetry.Report, "group", wrong)
 
 
-def weighed(batch_size=None):
+def weighed(batch_size=None, groups="all"):
     """A group of all layers is what its definitions say."""
-    return Caught(test_telemetry_report.test_a_group_weighs_its_layers, ("all", batch_size))
+    layers = test_telemetry_report.LAYERS
+    return Caught(test_telemetry_report.test_a_group_weighs_its_layers, (groups, batch_size, None, layers))
+
+
+def column(key, wrong) -> tuple:
+    """That column of a report is made by wrong(the right way)."""
+    return columns.COLUMNS, key, lambda right: right._replace(of=wrong(right.of))
+
+
+def _zeros(right):
+    """Columns with 0 where nothing is known."""
+    return lambda *args: {key: np.nan_to_num(x) for key, x in right(*args).items()}
+
+
+def _mean_of_ratios(right):
+    """The mean over the reports of a run of their noise scales."""
+
+    def over_run(history, batch_size, since=0):
+        snr = history.total["snr"][np.asarray(history.steps) > since]
+        return right(history, batch_size, since)._replace(value=np.mean(batch_size / snr))
+
+    return over_run
 
 
 def _reads_all(right):
@@ -524,9 +549,25 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         [printed(lambda right, key, row: f"{row[key]:.2g}" if key == "noise" else right(key, row))],
         Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
     ),
-    "half of a noise scale's error": (
-        [replaced(text, "NoiseScale", lambda right: lambda x, error, *rest: right(x, error / 2, *rest))],
+    "half of a noise scale's interval": (
+        [
+            replaced(
+                text, "NoiseScale", lambda right: lambda x, error, low, *rest: right(x, error, (x + low) / 2, *rest)
+            )
+        ],
         Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    "a noise scale without its bound": (
+        [replaced(text, "NoiseScale", lambda right: lambda x, error, low, *rest: right(x, error, 0 * low, *rest))],
+        Caught(test_tables.test_every_number_is_printed_under_its_name_with_all_its_digits),
+    ),
+    "a title that is silent about averages": (
+        [replaced(text, "numbers", lambda right: lambda seen: right(dataclasses.replace(seen, window=0)))],
+        Caught(test_tables.test_the_title_says_over_how_many_steps_an_average_reaches),
+    ),
+    "colours by the SNR alone": (
+        [replaced(text, "_styles", lambda right: lambda least: right(least + 0.5))],
+        Caught(test_tables.test_where_no_signal_was_found_it_is_red),
     ),
     # what is logged
     "the 95th percentile as p90": (
@@ -544,12 +585,87 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         Caught(test_telemetry_report.test_a_metric_is_what_its_name_says),
     ),
     "a total left out": (
-        [replaced(trackers, "_GLOBAL", lambda right: tuple(key for key in right if key != "update_rms"))],
+        [replaced(trackers, "_NOT_GLOBAL", lambda right: (*right, "update_rms"))],
         Caught(test_telemetry_report.test_a_metric_is_what_its_name_says),
     ),
     "metrics that ignore the batch size": (
         [replaced(trackers, "metrics", lambda right: lambda *args, batch_size=None, **rest: right(*args, **rest))],
         Caught(test_telemetry_report.test_metrics_count_in_examples_where_a_batch_size_is_given),
+    ),
+    "metrics that know of no epochs": (
+        [replaced(trackers, "metrics", lambda right: lambda *args, examples=None, **rest: right(*args, **rest))],
+        Caught(test_telemetry_report.test_metrics_know_of_epochs),
+    ),
+    # what a column is
+    "half of a standard error": (
+        [column("snr_error", lambda right: lambda row: right(row) / 2)],
+        Caught(test_telemetry_report.test_an_interval_holds_its_number_and_the_relative_errors_are_equal, (None,)),
+    ),
+    "a noise scale where no signal was found": (
+        [column("noise_scale", lambda right: lambda row: row.batch_size / row.ratio(row.share))],
+        Caught(test_telemetry_report.test_an_interval_holds_its_number_and_the_relative_errors_are_equal, (None,)),
+    ),
+    "epochs that count for the number alone": (
+        [column("snr_high", lambda right: lambda row: right(row) - row.added)],
+        Caught(test_telemetry_report.test_batches_without_replacement_add_their_share_of_an_epoch_to_the_snr),
+    ),
+    "persistence by errors in squares": (
+        [
+            column(
+                "persistence_low", lambda right: lambda row: (row.lasting - row.lasting_half) / (row.share + row.half)
+            )
+        ],
+        weighed(),
+    ),
+    "a norm of the noise with the signal": (
+        [column("gradient_noise", lambda right: lambda row: np.sqrt(row.sums.gradient_sq))],
+        weighed(),
+    ),
+    "a quantity without a sentence": (
+        [(columns.COLUMNS, "floor", lambda right: right._replace(says="Noise."))],
+        Caught(test_telemetry_report.test_every_quantity_is_explained_in_a_sentence),
+    ),
+    "a signal from momentum alone": (
+        [replaced(columns, "_SURE", lambda right: 0.0)],
+        weighed(groups="each layer"),
+    ),
+    "zeros before the first step": (
+        [replaced(report, "columns", _zeros)],
+        Caught(test_telemetry_report.test_before_the_first_step_nothing_is_known),
+    ),
+    "any batch size": (
+        [replaced(report, "_check_batches", lambda right: lambda *args: None)],
+        Caught(test_telemetry_report.test_batches_that_cannot_be_are_refused, (snr_adam.report, "batch_size=-1:")),
+    ),
+    # what lags say
+    "a mean of products for a line": (
+        [replaced(lags, "_LINE", lambda right: lags._MEAN)],
+        Caught(test_lags.test_the_estimate_is_its_formula, (2, 0.97)),
+    ),
+    "an interval for many bursts after one": (
+        [replaced(lags, "student", lambda right: lambda bursts, level=0.975: 1.96)],
+        Caught(test_lags.test_a_known_signal_is_in_the_interval, (1,)),
+    ),
+    "the same signs for ever": (
+        [replaced(test_lags, "seeds_at", lambda right: lambda count, leaves: right(0 * count, leaves))],
+        Caught(test_lags.test_a_sketch_keeps_inner_products_on_average, ((2000,), "float32")),
+    ),
+    "a sketch without an error": (
+        [replaced(lags, "WIDTH", lambda right: 10**9)],
+        Caught(test_lags.test_what_a_sketch_adds_to_the_error_is_known),
+    ),
+    "bursts that are not whole": (
+        [replaced(lags, "put", lambda right: lambda old, new, place, ok: right(old, new, place, True))],
+        Caught(test_lags.test_a_burst_with_a_step_that_was_not_finite_does_not_count),
+    ),
+    # what is advised
+    "a run's mean noise scale": (
+        [replaced(test_advice, "over_run", _mean_of_ratios)],
+        Caught(test_advice.test_the_noise_scale_of_a_run_is_that_of_its_mean_snr),
+    ),
+    "a sentence about the rate whatever is known": (
+        [replaced(advice.Advice, "learning_rate", lambda right: advice._IN_BALANCE)],
+        Caught(test_advice.test_of_the_learning_rate_only_what_experiments_bear_out_is_said, ((0.09, 0.11), None, 32)),
     ),
     # what groups are
     "floors averaged without weights": (
@@ -602,6 +718,10 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "logarithmic colours": (
         [replaced(plots, "Normalize", lambda right: plots.LogNorm)],
         Caught(test_plots.test_colours_are_linear_over_less_and_where_numbers_are_not_positive, (1.0, 10.0)),
+    ),
+    "half of a band": (
+        [numpy_of(plots, "minimum", lambda right: lambda x, most: right(x, most / 5))],
+        Caught(test_plots.test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it),
     ),
     "a band below a tenth of its value": (
         [numpy_of(plots, "maximum", lambda right: lambda x, least: x)],

@@ -56,18 +56,18 @@ def norm_sq(x):
 @pytest.mark.parametrize(
     ("scalars", "said"),
     [
-        ((4.0, 1.0, 0.1), "96 +- 13"),
-        ((4.0, 0.201, 0.1), "605 +- 317"),
+        ((4.0, 1.0, 0.1), "96 (75 to 128)"),
+        ((4.0, 0.201, 0.1), "605 (287 to 127,968)"),
         ((4.0, 0.199, 0.1), ">= 289"),
         ((4.0, 0.0, 0.1), ">= 608"),
         ((4.0, -3.0, 0.1), ">= 608"),
         ((4.0, 1.0, 5.0), ">= 0"),
-        ((4.0, 5.0, 0.1), "0 +- 0.51"),
-        ((4.0, 1.0, np.nan), "96 +- ?"),
+        ((4.0, 5.0, 0.1), "0 (0 to 0)"),
+        ((4.0, 1.0, np.nan), "96 (? to ?)"),
         ((4.0, -1.0, np.nan), ">= ?"),
         ((0.0, 0.0, 0.0), ">= ?"),
-        ((np.nan, 1.0, 0.1), "nan +- ?"),
-        (([4.0, 4.0], [1.0, 0.0], [0.1, 0.1]), "[96 +- 13, >= 608]"),
+        ((np.nan, 1.0, 0.1), "? (? to ?)"),
+        (([4.0, 4.0], [1.0, 0.0], [0.1, 0.1]), "[96 (75 to 128), >= 608]"),
     ],
 )
 def test_what_is_said_of_two_scalars(scalars, said):
@@ -79,13 +79,25 @@ positive = st.just(0.0) | st.floats(1e-9, 1e6)
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(positive, positive | st.floats(-1e6, 0), positive, st.integers(1, 10**6))
-def test_never_negative_and_never_beyond_the_limit(power, persistent, error, batch_size):
-    value, spread, limit, _ = from_scalars(power, persistent, error, batch_size=batch_size)
+def test_never_negative_and_inside_of_its_interval(power, persistent, error, batch_size):
+    value, spread, low, high, _ = from_scalars(power, persistent, error, batch_size=batch_size)
     assert value >= 0
     assert spread >= 0
-    assert not limit < 0
-    assert np.isinf(value) or not value > limit
-    assert np.isinf(value) == (persistent <= 2 * error)
+    assert not low < 0
+    assert not low > value
+    assert not high < value
+    assert np.isinf(value) == np.isinf(high) == (persistent <= 2 * error)
+    if 0 < persistent < power and np.isfinite(value):
+        assert spread / (value + batch_size) == pytest.approx(error / persistent)
+
+
+@pytest.mark.parametrize("true", [0.05, 0.3, 1.0, 3.0])
+def test_an_interval_holds_the_truth_in_95_percent(true):
+    """Where nothing was found too: then all above the bound is possible."""
+    signal = true + np.random.default_rng(0).normal(0, 0.1, 4000)
+    found = from_scalars(4.0, signal, 0.1)
+    held = (found.low <= 4.0 / true - 1) & (4.0 / true - 1 <= found.high)
+    assert 0.94 < np.mean(held) < 0.99
 
 
 def test_of_arrays_elementwise():
@@ -93,7 +105,7 @@ def test_of_arrays_elementwise():
     whole = from_scalars(power, persistent, abs(error), batch_size=8)
     for i in range(50):
         one = from_scalars(power[i], persistent[i], abs(error[i]), batch_size=8)
-        assert one[:3] == tuple(float(x[i]) for x in whole[:3])
+        assert one[:4] == tuple(float(x[i]) for x in whole[:4])
 
 
 # groups
@@ -129,7 +141,7 @@ def test_a_bound_is_claimed_where_there_is_no_signal_and_it_holds():
     assert np.mean(np.isinf(from_scalars(4.0, persistent, 0.1).value)) > 0.97
     for true in (0.02, 0.1, 0.2, 0.3):
         found = from_scalars(4.0, true + persistent, 0.1)
-        assert np.mean(np.isinf(found.value) & (found.limit > 4.0 / true - 1)) < 0.03, true
+        assert np.mean(np.isinf(found.value) & (found.low > 4.0 / true - 1)) < 0.03, true
 
 
 def test_one_group_is_refused():
@@ -238,7 +250,7 @@ def test_moments_and_groups_are_one_formula():
     m, v = g.mean(0), (g**2).mean(0)
     groups = from_groups(norm_sq(g).mean(), norm_sq(m), 8, 4)
     both = from_moments(m, v, 1 / 8, 4)
-    np.testing.assert_allclose(both[:3], groups[:3], rtol=1e-4)
+    np.testing.assert_allclose(both[:4], groups[:4], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("b1", "times"), [(0.9, 63), (0.95, 133), (0.98, 342)])
@@ -248,7 +260,7 @@ def test_limit_of_one_state(b1, times):
     m, v = np.full(100, math.sqrt(rho)), np.ones(100)  # m^2 = rho v: no signal
     found = from_moments(m, v, rho, 1, d_eff=100)
     assert np.isinf(found.value)
-    assert found.limit == pytest.approx(times, rel=0.05)
+    assert found.low == pytest.approx(times, rel=0.05)
 
 
 def test_moments_of_optax_adam_with_awkward_leaves():
@@ -312,7 +324,7 @@ def test_l1_of_pure_noise_is_a_bound():
     m, v = moments(0 * SIGMA, SIGMA, (0.9, 0.9), 2000)
     found = l1_from_moments(m, v, 1 / 19, 32)
     assert np.isinf(found.value)
-    assert found.limit > 10 * 32
+    assert found.low > 10 * 32
     assert str(found).startswith(">= ")
 
 
@@ -323,5 +335,11 @@ def test_l1_without_noise_in_the_mean_is_exact():
     assert found.error == 0
 
 
-def test_result_is_a_named_tuple_of_four():
-    assert NoiseScale._fields == ("value", "error", "limit", "method")
+def test_result_is_a_named_tuple_of_five():
+    assert NoiseScale._fields == ("value", "error", "low", "high", "method")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, np.nan, np.array([8, 0])])
+def test_a_batch_has_examples(batch_size):
+    with pytest.raises(ValueError, match="the number of examples in a gradient is above 0"):
+        from_scalars(4.0, 1.0, 0.1, batch_size=batch_size)

@@ -15,6 +15,7 @@ import optax
 import own_parts as own
 import pytest
 import test_any_order as orders
+from test_lags import by_hand as of_lags
 
 import snr_adam
 from snr_adam import descend, observe, scale_by_snr
@@ -90,7 +91,7 @@ def test_in_every_wrapper(name):
 
 STEPS, SIZE = 40, 32
 GRADIENTS = np.asarray(0.5 + np.random.default_rng(0).normal(size=(STEPS, SIZE)), np.float32)
-UNKNOWN = ("signal", "pseudo_snr", "floor", "snr", "snr_error", "significant", "persistent", "noise_scale")
+UNKNOWN = ("signal", "pseudo_snr", "floor", "significant", "persistent", "persistence")
 
 
 def seen(signal, noise, storage="float32", whole=False):
@@ -110,6 +111,15 @@ def average(xs, b):
     return np.tensordot(weights, xs, 1)
 
 
+def snr_by_hand():
+    """The SNR and the noise scale in batches: from lags alone, and those of six whole bursts."""
+    bursts = GRADIENTS.astype(float)[: STEPS // 6 * 6].reshape(-1, 6, SIZE)
+    found = of_lags([g @ g.T for g in bursts])
+    share = max(found.signal, found.least) / found.power
+    assert share - (found.half + found.slack) / found.power > 0, "no signal was found, so none is compared"
+    return {"snr": share / (1 - share), "noise_scale": (1 - share) / share}
+
+
 @pytest.mark.parametrize("noise", HAND)
 def test_observed_as_by_hand(noise):
     """Signal, noise, ratio and floor are those of the last step, computed from all gradients at once."""
@@ -123,7 +133,7 @@ def test_observed_as_by_hand(noise):
     for t in range(1, STEPS):
         a += 2 / (t + 1) * (np.sum(gs[t] ** 2) - a)
         x += 2 / (t + 1) * (average(gs[:t], B1) @ gs[t] - x)
-    want |= {"gradient_norm": np.sqrt(a), "persistent": x, "snr": x / (a - x), "noise_scale": (a - x) / x}
+    want |= {"gradient_norm": np.sqrt(a), "persistent": x} | snr_by_hand()
     want["floor"] = np.sqrt(EMA(B1).floor(STEPS)) if noise == "root of squares" else np.nan
     for key, value in want.items():
         rare = 0.2 if key == "update_rms" else 1e-4  # made at few looks only, on CPU
@@ -132,9 +142,11 @@ def test_observed_as_by_hand(noise):
 
 
 def test_what_is_not_known_is_nan():
-    """A numerator that does not say what it averages has no signal and nothing that is made of one."""
+    """A numerator that does not say what it averages has no signal and nothing that is made of one; gradients have."""
     got = seen(own.ClippedMean(), own.Squares(B2))
     assert {key for key, value in got.items() if np.isnan(value)} >= set(UNKNOWN)
+    for key, value in snr_by_hand().items():
+        np.testing.assert_allclose(got[key], value, rtol=1e-4, err_msg=key)
     assert got["noise"] == pytest.approx(np.linalg.norm(np.sqrt(average(GRADIENTS**2, B2))), rel=1e-4)
     assert got["gradient_norm"] > 0
 

@@ -56,22 +56,21 @@ def ends(band, step):
 def test_signal_and_noise_are_those_of_the_reports(history):
     axes = plots.signal_and_noise(history)
     drawn, total = lines(axes), history.total
-    noise = np.sqrt(total["gradient_norm"] ** 2 - total["persistent"])
     expected = {
-        "noise": noise,
-        "signal": np.sqrt(total["persistent"]),
-        "floor": noise * np.sqrt(2 * total["snr_error"]),
+        "noise": total["gradient_noise"],
+        "signal": total["gradient_signal"],
+        "limit": total["gradient_noise"] * np.sqrt(1.96 * total["snr_error"]),
     }
     assert list(drawn) == list(expected)
     for key, (x, y) in drawn.items():
         np.testing.assert_array_equal(x, history.steps)
         np.testing.assert_allclose(y, expected[key], rtol=1e-12)
-    assert "floor: less signal cannot be seen" in legend(axes)
+    assert "limit: less signal cannot be seen" in legend(axes)
 
 
 def test_a_layer_can_be_chosen(history):
     axes = plots.signal_and_noise(history, history.names[4])
-    np.testing.assert_allclose(lines(axes)["signal"][1], history.columns["signal"][:, 4])
+    np.testing.assert_allclose(lines(axes)["signal"][1], history.columns["gradient_signal"][:, 4])
     assert history.names[4] in axes.get_title()
     np.testing.assert_array_equal(
         lines(plots.snr(history, history.names[2]))["floor"][1], history.columns["floor"][:, 2]
@@ -139,11 +138,11 @@ def test_the_noise_scale_has_a_band_a_limit_and_the_batch_size(history):
     np.testing.assert_array_equal(drawn["noise scale"][1], np.where(known, total["noise_scale"], np.nan))
     x, y = drawn["at least"]
     np.testing.assert_array_equal(x, history.steps[~known])
-    np.testing.assert_array_equal(y, total["noise_scale_limit"][~known])
+    np.testing.assert_array_equal(y, total["noise_scale_low"][~known])
     np.testing.assert_array_equal(drawn["batch size used"][1], [32, 32])
     assert "batch size used: 32" in legend(axes)
     corners = axes.collections[0].get_paths()[0].vertices
-    ends = total["noise_scale"][2] + 1.96 * total["noise_scale_error"][2] * np.array([-1, 1])
+    ends = [total[f"noise_scale_{end}"][2] for end in ("low", "high")]
     np.testing.assert_allclose(np.unique(corners[corners[:, 0] == 30, 1]), ends)
     in_batches = plots.noise_scale(history)
     assert in_batches.get_ylabel() == "noise scale (batches)"
@@ -189,9 +188,11 @@ def test_colours_of_an_snr_begin_at_its_floor():
 def test_the_colours_say_what_they_are_of():
     """Each quantity has its name and unit beside its colours, no two the same; one that is new, its name."""
     labels = {}
-    for key in ("signal", "noise", "gradient_norm", "significant", "snr", "effective_step", "update_rms", "param_rms"):
+    keys = ("signal", "noise", "gradient_norm", "significant", "snr", "effective_step", "update_rms", "param_rms")
+    for key in (*keys, "persistence", "gradient_signal", "gradient_noise"):
         labels[key] = plots.heat_map(over_time(**{key: [1.0, 2.0]}), key).figure.axes[-1].get_ylabel()
     of = {"gradient_norm": "norm of the gradient", "significant": "share", "snr": "SNR of one gradient"}
+    of |= {"gradient_signal": "norm of the true gradient", "gradient_noise": "noise of one gradient"}
     of |= {"effective_step": "effective step", "update_rms": "RMS of the update", "param_rms": "RMS of the parameters"}
     for key, label in labels.items():
         assert label.startswith(of.get(key, key))
@@ -240,24 +241,27 @@ def test_few_of_many_layers_have_their_names_and_marks():
 
 
 def test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it():
-    """1.96 errors to both sides; on a logarithmic axis what goes to 0 or below would go to the end of the world."""
-    error = np.array([10.0, 45.0, 46.0, 80.0, 400.0])
-    numbers = {"noise_scale": np.full(5, 100.0), "noise_scale_error": error, "noise_scale_limit": np.full(5, 1e4)}
+    """And at ten times: on a logarithmic axis what goes to 0 or without end would go to the end of the world."""
+    low, high = np.array([80.0, 12, 9, 0, 50]), np.array([120, 400, 990, np.inf, 2000])
+    numbers = {"noise_scale": np.full(5, 100.0), "noise_scale_low": low, "noise_scale_high": high}
     axes = plots.noise_scale(over_time(**numbers))
     (band,) = axes.collections
-    for step, (low, high) in enumerate(zip((80.4, 11.8, 10, 10, 10), 100 + 1.96 * error, strict=True), start=1):
-        assert ends(band, step) == pytest.approx([low, high])
+    for step, drawn in enumerate(zip((80, 12, 10, 10, 50), (120, 400, 990, 1000, 1000), strict=True), start=1):
+        assert ends(band, step) == pytest.approx(drawn)
     assert axes.get_yscale() == "log"
+    assert "95 % interval" in legend(axes)
 
 
 def test_a_noise_scale_that_has_no_place_on_its_axis_is_a_gap():
-    """0 is one, and so is a limit of 0 or of nothing; a limit stands only where the scale is beyond it."""
+    """0 is one, and so is a bound of 0 or of nothing; a bound stands only where the scale is beyond it."""
     scale = [50.0, 0.0, np.nan, np.inf, np.inf, np.inf, np.inf]
-    limit = [90.0, 80.0, 70.0, 60.0, 0.0, np.nan, np.inf]
-    axes = plots.noise_scale(over_time(noise_scale=scale, noise_scale_error=np.ones(7), noise_scale_limit=limit))
+    low = [40.0, 0.0, 70.0, 60.0, 0.0, np.nan, np.inf]
+    axes = plots.noise_scale(over_time(noise_scale=scale, noise_scale_low=low, noise_scale_high=[90.0] + [np.inf] * 6))
     drawn = lines(axes)
     np.testing.assert_array_equal(drawn["noise scale"][1], [50] + [np.nan] * 6)
     np.testing.assert_array_equal(drawn["at least"], [[4], [60]])
+    (band,) = axes.collections
+    assert [ends(band, step) for step in range(2, 8)] == [[]] * 6
 
 
 def test_an_snr_is_shaded_only_where_it_is_above_its_floor():
@@ -268,14 +272,14 @@ def test_an_snr_is_shaded_only_where_it_is_above_its_floor():
     assert axes.get_ylim()[0] == 0
 
 
-def test_a_signal_below_none_is_drawn_as_none():
-    """The average <m, g> may be negative, or more than the power: neither norm is, nor is half of it hidden."""
-    numbers = {"gradient_norm": [3.0, 3.0, 3.0], "persistent": [5.0, -4.0, 16.0], "snr_error": [0.5, 0.125, 0.5]}
+def test_norms_are_drawn_from_none_on():
+    """So that what looks twice as high is twice as much, and no signal is on the axis."""
+    numbers = {"gradient_signal": [5**0.5, 0.5, 4.0], "gradient_noise": [2.0, 3.0, 1.0], "snr_error": [0.5, 0.125, 2.0]}
     axes = plots.signal_and_noise(over_time(**numbers))
     drawn = lines(axes)
-    np.testing.assert_allclose(drawn["signal"][1], [5**0.5, 0, 4])
-    np.testing.assert_allclose(drawn["noise"][1], [2, 13**0.5, 0])
-    np.testing.assert_allclose(drawn["floor"][1], [2, 13**0.5 / 2, 0])
+    np.testing.assert_allclose(drawn["signal"][1], numbers["gradient_signal"])
+    np.testing.assert_allclose(drawn["noise"][1], numbers["gradient_noise"])
+    np.testing.assert_allclose(drawn["limit"][1], [2 * 0.98**0.5, 3 * 0.245**0.5, 3.92**0.5])
     assert axes.get_ylim()[0] == 0
     depth = plots.depth(over_time(pseudo_snr=[[3.0, 2.0]] * 3, floor=[[1.0, 1.0]] * 3))
     assert depth.get_xlim()[0] == 0
@@ -344,7 +348,7 @@ def test_awkward_histories_are_drawn(draw, awkward, tmp_path):
 
 def test_a_missing_quantity_is_named():
     history = History(fake_reports(3, 2))
-    for row in history.total._rows["gradient_norm"]:
+    for row in history.total._rows["gradient_noise"]:
         row[...] = np.nan
     assert "noise: how mini-batches differ (not available)" in legend(plots.signal_and_noise(history))
 

@@ -21,6 +21,7 @@ import snr_adam
 from snr_adam.state.footprint import Footprint, footprint
 from snr_adam.state.sharding import LikeParameters, Zero1, state_sharding
 from snr_adam.telemetry._averages import Means
+from snr_adam.telemetry._lags import Lags
 
 STORAGES = ("float32", "bfloat16", "packed")
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -447,6 +448,9 @@ def test_the_same_telemetry_on_every_mesh(mesh, policy):
     reports = [snr_adam.report(state) for state in (got, want)]
     for key in ("update_rms", "param_rms", "gradient_norm", "significant"):
         np.testing.assert_allclose(*(each.columns[key] for each in reports), rtol=1e-6)
+    np.testing.assert_allclose(got.sketches, want.sketches, rtol=1e-6, atol=1e-6 * np.nanmax(np.abs(want.sketches)))
+    assert got.bursts == want.bursts
+    np.testing.assert_allclose(Lags(*got.lags).power, Lags(*want.lags).power, rtol=1e-6)
 
 
 def test_policies_are_values():

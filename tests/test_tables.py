@@ -1,5 +1,6 @@
 """What a person sees of reports and histories in a terminal, plain and in colour."""
 
+import dataclasses
 import io
 import itertools
 import re
@@ -20,8 +21,10 @@ def report(snr, error=0.0, names=None, step=7) -> Report:
     """A report with these SNRs, the last of them for all layers."""
     (made,) = fake_reports(1, len(snr) - 1)
     error = np.broadcast_to(error, len(snr))
-    columns = made.columns | {"snr": np.array(snr[:-1]), "snr_error": error[:-1]}
-    total = made.total | {"snr": snr[-1], "snr_error": error[-1]}
+    low = np.where(np.isnan(error), snr, np.array(snr) - 2 * np.nan_to_num(error))
+    numbers = {"snr": np.array(snr), "snr_error": error, "snr_low": low}
+    columns = made.columns | {key: x[:-1] for key, x in numbers.items()}
+    total = made.total | {key: float(x[-1]) for key, x in numbers.items()}
     return Report(step, names or made.names, columns, total)
 
 
@@ -56,7 +59,7 @@ def test_in_colour_it_says_the_same():
         plain, colored = str(shown).split("\n"), lines(shown, 250)
         for text in plain[:-1]:
             assert any(line.startswith(text.rstrip("-")) for line in colored)
-        assert all(word in " ".join(colored) for word in (plain[-1], "green: signal, red: an SNR within 2 errors"))
+        assert all(word in " ".join(colored) for word in (plain[-1], "green: signal was found, red: it was not"))
 
 
 SEEN = {
@@ -66,25 +69,23 @@ SEEN = {
     "floor": [0.22942, 0.5, 1.0],
     "snr": [0.1234, 1.26, -0.456],
     "snr_error": [0.0456, np.nan, 2.34],
+    "snr_low": [0.034, np.nan, -3.5],
+    "persistence": [0.12345, np.nan, -0.0246],
     "significant": [0.195, np.nan, 0.0549],
     "effective_step": [1.2345e-4, np.nan, 2.0],
     "gradient_norm": [1234.5, 7.0, 0.0],
     "noise_scale": [71.4, np.inf, np.nan],
     "noise_scale_error": [12.3, np.inf, np.nan],
-    "noise_scale_limit": [400.0, 1234.0, np.nan],
+    "noise_scale_low": [54.4, 1234.0, np.nan],
+    "noise_scale_high": [1030.2, np.inf, np.nan],
 }
 PRINTED = [
-    ["layer", "signal", "noise", "pseudo_snr", "floor", "snr", "significant"],
-    ["in", "0.123", "12.3", "0.0123", "0.229", "0.12 +- 0.05", "19.5%"],
-    ["out", "1", "3", "0.25", "0.5", "1.3", "-"],
-    ["total", "-", "3e+03", "inf", "1", "-0.46 +- 2", "5.5%"],
+    ["layer", "signal", "noise", "pseudo_snr", "floor", "snr", "persistence", "significant", "effective_step"],
+    ["in", "0.123", "12.3", "0.0123", "0.229", "0.12 +- 0.05", "0.123", "19.5%", "1.23e-04"],
+    ["out", "1", "3", "0.25", "0.5", "1.3", "-", "-", "-"],
+    ["total", "-", "3e+03", "inf", "1", "-0.46 +- 2", "-0.0246", "5.5%", "2.00e+00"],
 ]
-PRINTED_TOO = [
-    ["effective_step", "gradient_norm", "noise scale"],
-    ["1.23e-04", "1.23e+03", "71 +- 12"],
-    ["-", "7", ">= 1,234"],
-    ["2.00e+00", "0", "-"],
-]
+PRINTED_TOO = [["noise scale"], ["71 (54 to 1,030)"], [">= 1,234"], ["-"]]
 
 
 def seen(step=1234, batch_size=None, order=(0, 1, 2)) -> Report:
@@ -105,15 +106,28 @@ def test_every_number_is_printed_under_its_name_with_all_its_digits():
     shown = str(seen())
     assert cells(shown) == [a + b for a, b in zip(PRINTED, PRINTED_TOO, strict=True)]
     assert shown.startswith("step 1,234\n")
-    assert shown.endswith("noise scale in batches")
-    assert str(seen(batch_size=32)).endswith("noise scale in examples")
+    assert shown.endswith("noise scale in batches, with its 95 % interval")
+    assert str(seen(batch_size=32)).endswith("noise scale in examples, with its 95 % interval")
+
+
+def test_the_title_says_over_how_many_steps_an_average_reaches():
+    long = dataclasses.replace(seen(), window=1200)
+    assert str(long).startswith("step 1,234; snr, persistence and noise scale over about 1,200 steps\n")
+    assert lines(long)[0] == str(long).split("\n")[0]
+
+
+def test_an_snr_without_an_upper_end_has_no_error_to_print():
+    """A third or more of the noise may be signal, for all that is known: `+- inf` says less than nothing."""
+    wide = seen()
+    wide.columns["snr_error"][:] = np.inf
+    assert [row[5] for row in cells(wide)[1:3]] == ["0.12", "1.3"]
 
 
 def test_over_time_a_number_is_printed_as_in_the_table_of_its_step():
     """The first and the last of each layer, and of all, each with the error of its own time."""
     table, order = cells(seen()), [(2, 0, 1), (1, 2, 0), (0, 1, 2)]
     history = History(seen(step=1000 * (t + 1), order=each) for t, each in enumerate(order))
-    for key in set(PRINTED[0][1:] + PRINTED_TOO[0][:2]):
+    for key in PRINTED[0][1:]:
         column = [row[table[0].index(key)] for row in table[1:]]
         head, *rows = cells(history.sparklines(key))
         assert head[:3] == ["layer", "step 1,000", "step 3,000"]
@@ -127,19 +141,19 @@ def test_bars_are_logarithmic():
     assert bars[9] == "█" * 4 + "▋"
 
 
-def test_what_is_within_two_errors_of_none_is_red():
+def test_where_no_signal_was_found_it_is_red():
     shown = report([1.0, 0.3, -1.0, np.inf, np.nan, 0.5], [0.4, 0.2, 0.1, np.nan, np.nan, 0.25])
     colors = [line[0][1] for line in runs(shown)]
     assert colors[2:7] == ["green", "red", "red", "green", None]
     assert colors[8] == "red"
 
 
-@pytest.mark.parametrize("width", [140, 100, 80, 40])
+@pytest.mark.parametrize("width", [200, 140, 100, 80, 40])
 def test_columns_without_room_are_left_out_and_named(width):
     names = ("blocks/0/attention/query/kernel", "[red]a layer[/red] :smile:")
     shown = lines(report([1.0, 0.1, 0.5], names=names), width)
     assert max(map(len, shown)) <= width
-    assert ("no room for" in " ".join(shown)) == ("gradient_norm" not in shown[1])
+    assert ("no room for" in " ".join(shown)) == ("effective_step" not in shown[1]) == (width < 200)
     assert shown[3].startswith("[red]a layer[/red] :smile:  ")
     if width >= 80:
         assert "…" not in "".join(shown)

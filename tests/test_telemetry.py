@@ -182,7 +182,7 @@ def test_memory_grows_with_layers_and_not_with_parameters():
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)._replace(inner=None)))
 
     small, large = [jnp.zeros(3)] * 10, [jax.ShapeDtypeStruct((3000, 3000), jnp.float32)] * 10
-    assert own(small) == own(large) < 30 * 10
+    assert own(small) == own(large) < (40 + 6 * 128) * 11  # sketches of a burst, and some rows
 
 
 def _sharded(axis_type):
@@ -288,10 +288,15 @@ def _reports(tx, snr, runs, steps=STEPS):
 def _assert_right(tx, snr, runs, slack):
     """Inside the 95 % interval in 90 % of the runs, and unbiased within 5 % of max(SNR, .02) and `slack` errors."""
     totals = _reports(tx, snr, runs)
-    value, error = (np.array([total[key] for total in totals]) for key in ("snr", "snr_error"))
-    assert np.mean(abs(value - snr) < 1.96 * error) >= 0.9
+    value, error, low, high = (np.array([x[f"snr{end}"] for x in totals]) for end in ("", "_error", "_low", "_high"))
+    assert np.mean((low <= snr) & (snr <= high)) >= 0.9
     assert abs(np.mean(value) - snr) < 0.05 * max(snr, 0.02) + slack * np.std(value) / runs**0.5
-    assert 0.8 < np.mean(error) / np.std(value) < 2.5  # an interval, and not just a wide one
+    assert 0.8 < np.median(error) / np.std(value) < 2.5  # an interval, and not just a wide one
+    persistent, power = (np.array([total[key] for total in totals]) for key in ("persistent", "gradient_norm"))
+    share, true = persistent / power**2, snr / (1 + snr)  # all that is signal persists, where parameters stand still
+    assert abs(np.mean(share) - true) < 0.05 * max(snr, 0.02) + 2 * np.std(share) / runs**0.5
+    if snr == 0:
+        assert np.mean(low > 0) <= 0.04
 
 
 @pytest.mark.parametrize("snr", [0.0, 0.1, 10.0])
@@ -304,7 +309,8 @@ def test_the_snr_is_right(snr):
 @pytest.mark.parametrize("decays", DECAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_snr_is_right_for_every_momentum(kind, decays, snr):
-    _assert_right(KINDS[kind](*decays), snr, runs=200, slack=0)
+    # where momentum finds a signal and the lags do not, the SNR is at least its lower end, and so a little high
+    _assert_right(KINDS[kind](*decays), snr, runs=200, slack=5 if snr == 0.01 else 2)
 
 
 @pytest.mark.parametrize("decays", [DECAYS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in DECAYS[1:])])
@@ -372,13 +378,13 @@ def test_the_snr_does_not_depend_on_what_the_optimizer_does(name):
 
 
 def test_a_moment_of_other_things_than_gradients_is_not_used():
-    """ADOPT averages gradients divided by their noise: <m, g> is no power."""
+    """ADOPT averages gradients divided by their noise: <m, g> is no power. The lags do not ask a moment."""
     rng = np.random.default_rng(0)
     grads = [jnp.asarray(rng.normal(size=300) * np.logspace(-2, 2, 300), "float32") for _ in range(20)]
     _, state = _train(snr_adam.observe(snr_adam.adopt(1e-3)), jnp.ones(300), grads)
     found = snr_adam.report(state).total
-    assert np.isnan(found["snr"])
-    assert np.isnan(found["persistent"])
+    assert {key for key, x in found.items() if np.isnan(x)} >= {"persistent", "persistence", "signal", "pseudo_snr"}
+    assert found["snr_low"] <= 0 < found["snr_high"]
     assert found["gradient_norm"] > 0
 
 

@@ -1,6 +1,7 @@
 """What `report` and `metrics` read: through every wrapper and host, under the parameters' own names."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -112,15 +113,22 @@ def test_stacked_layers_are_reported_one_by_one():
     assert stacked.names == ("head", *(f"layers/kernel[{i}]" for i in range(4)))
     whole = snr_adam.report(_after(snr_adam.observe(optax.adam(0.1)), params))
     joined = stacked.group({"head": "head", "layers": "layers"})
-    for key in ("signal", "noise", "persistent", "gradient_norm", "snr", "update_rms", "significant"):
-        np.testing.assert_allclose(joined.columns[key], [whole.columns[key][0], whole.columns[key][1]], rtol=1e-4)
+    for key in ("signal", "noise", "persistent", "gradient_norm", "update_rms", "significant"):
+        np.testing.assert_allclose(joined.columns[key], whole.columns[key], rtol=1e-4)
+    np.testing.assert_allclose(joined.columns["snr"], whole.columns["snr"], rtol=1e-2)  # its corrections are per layer
+
+
+CORRECTED = {"snr", "gradient_signal", "gradient_noise", "noise_scale", "persistence"}
+"""What is corrected in each row for gradients that turn round: a group adds up corrected numbers."""
 
 
 def test_groups_are_ratios_of_sums():
     got = snr_adam.report(_watched())
     everything = got.group(["."])
-    for key in set(got.columns) - {"snr_error", "noise_scale_error", "noise_scale_limit"}:  # one run has its own errors
-        np.testing.assert_allclose(everything.columns[key][0], got.total[key], rtol=1e-4, err_msg=key)
+    for key in got.columns:  # one run has its own errors
+        if not re.search("_(error|low|high)$", key):
+            near = 1e-2 if key in CORRECTED else 1e-4
+            np.testing.assert_allclose(everything.columns[key][0], got.total[key], rtol=near, err_msg=key)
     assert got.group({"encoder": "^enc", "none": "xyz"}).names == ("encoder",)
 
 
@@ -134,53 +142,212 @@ LAYERS = {
     "update_rms": [0.3, 0.1, 0.2],
     "param_rms": [1.0, 3.0, 2.0],
     "gradient_norm": [2.0, 5.0, 3.0],
-    "persistent": [3.0, 2.0, 4.0],
-    "persistent_error": [0.1, 0.3, 0.2],
-    "snr_error": [0.5, 0.02, 0.3],
+    "persistent": [1.0, 3.0, 2.0],
+    "persistent_half": [0.2, 0.5, 0.3],
+    "share_sum": [1.0, 2.0, 4.0],
+    "power_sum": [4.0, 20.0, 10.0],
+    "half": [0.3, 3.0, 0.8],
+    "slack": [0.05, 0.2, 0.0],
+    "above": [0.0, 0.5, 0.1],
+    "least_sum": [0.2, -1.0, 4.5],
 }
+"""The lags alone find no signal in b, where gradients persist; in c they know that it is at least 4.5."""
+WEAK = LAYERS | {"persistent": [0.1, -3.0, 0.2], "half": [2.0, 3.0, 6.0], "least_sum": [-1.0, -5.0, -2.0]}
+"""Nothing is found in any; in b gradients turn round."""
 
 
-def by_hand(rows, batch_size=None) -> dict[str, float]:
-    """What those layers of `LAYERS` are together: the numbers of a report from its definitions."""
-    x = {key: np.array(values)[rows] for key, values in LAYERS.items()}
+def interval(x, added):
+    """The share of signal with the ends of its interval, from the sums of rows."""
+    power, size = x["power_sum"], x["gradient_norm"] ** 2
+    share = max(x["share_sum"], x["least_sum"]) / power
+    half = (x["half"] + x["slack"]) / power
+    low, high = max(share - half, x["least_sum"] / power), share + half + x["above"] / power
+    if low / (1 - low) + added <= 0:
+        low = max(low, 0.75 * (x["persistent"] - 1.4 * x["persistent_half"]) / size)
+        high = max(share, x["persistent"] / size, 0) + 1.5 * half + x["above"] / power
+        if low / (1 - low) + added > 0:
+            share = max(share, low)
+        else:
+            low = min(share, low)
+    return share, half, low, high
+
+
+def by_hand(rows, batch_size=None, examples=None, layers=LAYERS) -> dict[str, float]:
+    """What those layers are together: the numbers of a report from its definitions."""
+    x = {key: np.array(values, float)[rows] for key, values in layers.items()}
     size, power, persistent = np.sum(x["size"]), np.sum(x["gradient_norm"] ** 2), np.sum(x["persistent"])
-    noises = x["gradient_norm"] ** 2 - x["persistent"]  # an error of an SNR is one of its numerator, over these
-    error, batch = np.sqrt(np.sum(x["persistent_error"] ** 2)), batch_size or 1
+    batch, added = batch_size or 1, batch_size / examples if examples else 0.0
+    squares = {key: np.sqrt(np.sum(x[key] ** 2)) for key in ("gradient_norm", "persistent_half", "half")}
+    share, half, low, high = interval({key: np.sum(values) for key, values in x.items()} | squares, added)
+    snr, snr_low, snr_high = (y / (1 - y) + added if y < 1 else np.inf for y in (share, low, high))
+    found = snr_low > 0
     rms = {key: np.sqrt(np.sum(x[key] ** 2 * x["size"]) / size) for key in ("update_rms", "param_rms")}
     signal, noise = np.sqrt(np.sum(x["signal"] ** 2)), np.sqrt(np.sum(x["noise"] ** 2))
+    lasting, lasting_half = persistent / power, squares["persistent_half"] / power
+    a, c = share**2 - half**2, lasting**2 - lasting_half**2
+    root = np.sqrt(lasting**2 * share**2 - a * c) if a > 0 and share > 0 else np.nan
     return rms | {
         "size": size,
         "signal": signal,
         "noise": noise,
         "pseudo_snr": signal / noise,
         "floor": np.sqrt(np.sum(x["floor"] ** 2 * x["noise"] ** 2)) / noise,
-        "snr": persistent / (power - persistent),
-        "snr_error": np.sqrt(np.sum((x["snr_error"] * noises) ** 2)) / (power - persistent),
+        "snr": snr,
+        "snr_error": (snr_high - snr) / 1.96,
+        "snr_low": snr_low,
+        "snr_high": snr_high,
+        "persistence": lasting / share + 0 * root,
+        "persistence_low": (lasting * share - root) / a,
+        "persistence_high": (lasting * share + root) / a,
         "significant": np.sum(x["significant"] * x["counted"]) / np.sum(x["counted"]),
         "effective_step": rms["update_rms"] / rms["param_rms"],
         "gradient_norm": np.sqrt(power),
+        "gradient_signal": np.sqrt(max(share * power, 0)),
+        "gradient_noise": np.sqrt((1 - share) * power),
         "persistent": persistent,
-        "noise_scale": batch * (power - persistent) / persistent,
-        "noise_scale_error": batch * power / persistent * error / persistent,
-        "noise_scale_limit": batch * (power / (2 * error) - 1),
+        "noise_scale": batch / snr if found else np.inf,
+        "noise_scale_error": batch / snr * (snr_high - snr) / 1.96 / snr if found else np.inf,
+        "noise_scale_low": batch / snr_high,
+        "noise_scale_high": batch / snr_low if found else np.inf,
     }
+
+
+def approximately(numbers):
+    return {key: pytest.approx(x, rel=1e-12, nan_ok=True) for key, x in numbers.items()}
 
 
 GROUPS = {"each layer": ["a", "b", "c"], "two and one": ["a|b", "c"], "all": ["."]}
 
 
-@pytest.mark.parametrize("batch_size", [None, 32])
+@pytest.mark.parametrize("layers", [LAYERS, WEAK], ids=["found", "not found"])
+@pytest.mark.parametrize(("batch_size", "examples"), [(None, None), (32, None), (32, 200)])
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_group_weighs_its_layers(name, batch_size):
-    """A floor by noise, an SNR's error by the noise it is of, means by elements; errors add up in squares."""
-    made = measured(batch_size, **LAYERS)
+def test_a_group_weighs_its_layers(name, batch_size, examples, layers):
+    """A floor by noise, shares of signal by power, means by elements; errors add up in squares."""
+    made = measured(batch_size, examples, **layers)
     grouped = made.group(GROUPS[name])
     assert list(grouped.names) == GROUPS[name]
-    assert grouped.batch_size == batch_size
+    assert (grouped.batch_size, grouped.examples) == (batch_size, examples)
     for pattern, row in zip(GROUPS[name], grouped.rows, strict=True):
-        expected = by_hand([bool(re.search(pattern, layer)) for layer in made.names], batch_size)
-        assert row == {"name": pattern} | {key: pytest.approx(x, rel=1e-12) for key, x in expected.items()}
-    assert grouped.total == made.total == pytest.approx(by_hand([True] * 3, batch_size), rel=1e-12)
+        expected = by_hand([bool(re.search(pattern, layer)) for layer in made.names], batch_size, examples, layers)
+        assert row == {"name": pattern} | approximately(expected)
+    assert grouped.total == made.total == approximately(by_hand([True] * 3, batch_size, examples, layers))
+
+
+def random_layers(seed: int) -> dict[str, np.ndarray]:
+    """Layers with more signal than power, with less than none, found by one, by the other, by neither."""
+    rng = np.random.default_rng(seed)
+    n = 40
+    power = rng.lognormal(size=n)
+    x = {"power_sum": power, "gradient_norm": np.sqrt(power * rng.uniform(0.8, 1.2, n))}
+    x["share_sum"] = power * rng.choice([-0.4, 0.0, 0.1, 0.5, 0.9, 1.1], n)
+    x["persistent"] = power * rng.choice([-0.1, 0.0, 0.05, 0.4], n)
+    x |= {key: power * rng.choice([0.0, 0.02, 0.2, 0.9], n) for key in ("half", "persistent_half")}
+    x |= {key: power * rng.choice([0.0, 0.1], n) for key in ("slack", "above")}
+    return x | {"least_sum": power * rng.choice([-1.0, 0.0, 0.3], n)}
+
+
+@pytest.mark.parametrize("examples", [None, 100])
+def test_an_interval_holds_its_number_and_the_relative_errors_are_equal(examples):
+    """Of SNR, noise scale and persistence; a signal is found by all numbers of a row or by none."""
+    told = set()
+    for seed in range(20):
+        x = measured(20, examples, **random_layers(seed)).columns
+        for key in ("snr", "noise_scale", "persistence"):
+            value, low, high = (x[f"{key}{end}"] for end in ("", "_low", "_high"))
+            known = ~np.isnan(value)
+            near = 1e-9 * abs(value[known]) + 1e-12
+            assert np.all(low[known] <= value[known] + near), key
+            assert np.all(value[known] <= high[known] + near), key
+        assert known.any()
+        found = x["snr_low"] > 0
+        told |= {*found.tolist()}
+        np.testing.assert_array_equal(np.isfinite(x["noise_scale"]), found)
+        np.testing.assert_array_equal(np.isfinite(x["noise_scale_high"]), found)
+        assert not np.any(x["noise_scale_low"] < 0)
+        assert not np.any(x["noise_scale"] < 0)
+        some = found & np.isfinite(x["snr_error"])
+        assert some.any()
+        of_snr, of_scale = (x[f"{key}_error"][some] / x[key][some] for key in ("snr", "noise_scale"))
+        np.testing.assert_allclose(of_snr, of_scale, rtol=1e-6)
+        np.testing.assert_allclose(x["noise_scale"][some], 20 / x["snr"][some], rtol=1e-12)
+    assert told == {True, False}
+
+
+def test_norms_are_never_below_none():
+    """The signal as estimated may be below 0, or more than the power: then one of the norms is 0."""
+    made = measured(share_sum=[-1.0, 5.0, 1.0], power_sum=[4.0] * 3, gradient_norm=[2.0] * 3, least_sum=[-9.0] * 3)
+    np.testing.assert_allclose(made.columns["gradient_signal"], [0, 5**0.5, 1])
+    np.testing.assert_allclose(made.columns["gradient_noise"], [5**0.5, 0, 3**0.5])
+
+
+def test_batches_without_replacement_add_their_share_of_an_epoch_to_the_snr():
+    """And to both ends of its interval; nothing else of the signal changes but the noise scale."""
+    plain, drawn = (measured(20, n, **LAYERS | {"half": [0.3, 0.5, 0.8]}).columns for n in (None, 80))
+    for key in ("snr", "snr_low", "snr_high"):
+        np.testing.assert_allclose(drawn[key], plain[key] + 0.25, rtol=1e-12)
+    np.testing.assert_allclose(drawn["noise_scale_low"], 20 / (plain["snr_high"] + 0.25), rtol=1e-12)
+    for key in ("snr_error", "persistence", "persistence_low", "persistent", "gradient_norm"):
+        np.testing.assert_allclose(drawn[key], plain[key], rtol=1e-12)
+
+
+REFUSED = {
+    "batch_size=0:": {"batch_size": 0},
+    "batch_size=-1:": {"batch_size": -1},
+    "batch_size=nan:": {"batch_size": np.nan},
+    "batch_size=inf:": {"batch_size": np.inf},
+    "batch_size=array([8, 8]):": {"batch_size": np.array([8, 8])},
+    "examples=1000 with batch_size=None": {"examples": 1000},
+    "examples=31 with batch_size=32": {"batch_size": 32, "examples": 31},
+    "examples=nan with batch_size=32": {"batch_size": 32, "examples": np.nan},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("read", [snr_adam.report, snr_adam.metrics], ids=["report", "metrics"])
+def test_batches_that_cannot_be_are_refused(read, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(_watched(), **REFUSED[message])
+    read(_watched(), batch_size=32, examples=32)
+
+
+def test_before_the_first_step_nothing_is_known():
+    """No zeros where nothing was measured: no number at all but the sizes."""
+    state = snr_adam.observe(optax.adam(0.1)).init(PARAMS)
+    seen = snr_adam.report(state)
+    assert seen.step == seen.looked == seen.window == 0
+    assert {key for key, x in seen.columns.items() if not np.all(np.isnan(x))} == {"size"}
+    assert snr_adam.metrics(state, layers=True) == {
+        f"snr/size/{name}": size for name, size in zip(NAMES, (15, 3, 12), strict=True)
+    }
+    assert "0 +- 0" not in str(seen)
+    assert [line.split()[1:] for line in str(seen).split("\n")[2:5]] == [["-"] * 9] * 3
+
+
+OF_LAGS = ("snr", "persistence", "gradient_signal", "gradient_noise", "noise_scale")
+
+
+def test_no_estimate_before_the_first_burst_ends():
+    """The pseudo-SNR is there from the first step on, what needs gradients of several steps from the sixth."""
+    tx = snr_adam.observe(optax.adam(0.1))
+    for steps in (1, 2, 5, 6):
+        seen = snr_adam.report(_after(tx, steps=steps))
+        assert np.all(seen.columns["pseudo_snr"] > 0)
+        for key in (key for key in seen.columns if key.startswith(OF_LAGS)):
+            known = [*~np.isnan(seen.columns[key]), not np.isnan(seen.total[key])]
+            assert known == [steps >= 6] * 4 or (steps == 6 and "persistence" in key), (steps, key)
+    assert (seen.step, seen.looked, seen.window) == (6, 6, 6)
+
+
+def test_every_quantity_is_explained_in_a_sentence():
+    seen = snr_adam.report(_watched())
+    lines = seen.explain().split("\n")
+    assert [line.split()[0] for line in lines] == list(seen.columns)
+    for line in lines:
+        said = line.split(maxsplit=1)[1]
+        assert re.fullmatch(r"[A-Za-z/_].*[.]", said), line
+        assert len(said.split()) >= 4
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == len(lines)
 
 
 def test_a_layer_belongs_to_the_first_pattern_that_it_matches():
@@ -192,14 +359,14 @@ def test_a_layer_belongs_to_the_first_pattern_that_it_matches():
 
 def test_what_one_layer_does_not_know_its_group_knows_only_if_the_others_say_it():
     """No signal of the whole without that of a part; a share, a floor and norms are those of the layers that know."""
-    blind = {"persistent": np.nan, "persistent_error": np.nan, "snr_error": np.nan}
+    blind = {key: np.nan for key in ("persistent", "persistent_half", "share_sum", "half")}
     unseen = {"significant": np.nan, "counted": np.nan, "signal": np.nan}
     made = {
         key: measured(**{name: [*values[:2], lost.get(name, values[2])] for name, values in LAYERS.items()}).total
         for key, lost in (("blind", blind), ("unseen", unseen))
     }
     whole, two = by_hand([True] * 3), by_hand([True, True, False])
-    unknown = {"snr", "snr_error", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit"}
+    unknown = {key for key in whole if key.startswith(OF_LAGS)} | {"persistent"}
     assert {key for key, x in made["blind"].items() if np.isnan(x)} == unknown
     for key in set(whole) - unknown:
         assert made["blind"][key] == pytest.approx(whole[key], rel=1e-12)
@@ -209,9 +376,11 @@ def test_what_one_layer_does_not_know_its_group_knows_only_if_the_others_say_it(
 
 
 def test_a_dict_of_a_report_is_what_it_says():
-    made = measured(32, **LAYERS | {"param_rms": [1.0, np.nan, 0.0]})
+    made = measured(32, 200, **LAYERS | {"param_rms": [1.0, np.nan, 0.0]})
+    made = dataclasses.replace(made, looked=5, detailed=3, window=40)
     said = json.loads(json.dumps(made.to_dict(), allow_nan=False))
-    assert (said["step"], said["batch_size"], said["names"]) == (7, 32, ["a", "b", "c"])
+    assert (said["step"], said["batch_size"], said["examples"], said["names"]) == (7, 32, 200, ["a", "b", "c"])
+    assert (said["looked"], said["detailed"], said["window"]) == (5, 3, 40)
     assert said["columns"]["effective_step"] == [0.3, None, None]
     assert said["total"] == made.total
     assert {key: said["columns"][key] for key in ("signal", "floor")} == {
@@ -223,7 +392,7 @@ def test_a_dict_of_a_report_is_what_it_says():
 def reported(numbers):
     """What reads a state is given this report in its place, in batches or examples as asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loggers, "report", lambda _, batch_size=None: measured(batch_size, **numbers))
+        patch.setattr(loggers, "report", lambda _, *batches: measured(*batches, **numbers))
         yield measured(**numbers)
 
 
@@ -232,12 +401,17 @@ SKEWED = {
     "signal": 1.1**ORDER,
     "significant": 0.9 * 0.8**ORDER,
     "gradient_norm": np.full(21, 10.0),
-    "persistent": 1.2**ORDER,
-    "persistent_error": np.full(21, 0.1),
+    "persistent": 1.15**ORDER,
+    "persistent_half": np.full(21, 0.1),
+    "share_sum": 1.2**ORDER,
+    "power_sum": np.full(21, 100.0),
+    "half": np.full(21, 0.1),
 }
 TOTALS = (
-    *("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step", "update_rms"),
-    *("gradient_norm", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit"),
+    *("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "snr_low", "snr_high", "persistence"),
+    *("persistence_low", "persistence_high", "significant", "effective_step", "update_rms", "gradient_norm"),
+    *("gradient_signal", "gradient_noise", "persistent"),
+    *("noise_scale", "noise_scale_error", "noise_scale_low", "noise_scale_high"),
 )
 
 
@@ -258,7 +432,10 @@ def test_metrics_of_layers_are_their_numbers():
     rows = {
         f"x/layer/{key}/{name}": column[i] for key, column in seen.columns.items() for i, name in enumerate(seen.names)
     }
-    assert all_of_it == few | rows
+    assert {key for key, x in rows.items() if np.isnan(x)} == {
+        f"x/layer/persistence{end}/b" for end in ("", "_low", "_high")
+    }
+    assert all_of_it == few | {key: x for key, x in rows.items() if not np.isnan(x)}
 
 
 def test_metrics_count_in_examples_where_a_batch_size_is_given():
@@ -266,17 +443,25 @@ def test_metrics_count_in_examples_where_a_batch_size_is_given():
     with reported(LAYERS):
         batches, examples = (loggers.metrics(None, layers=True, batch_size=b) for b in (None, 32))
     factor = {key: 32 if "noise_scale" in key else 1 for key in batches}
-    assert sum(x == 32 for x in factor.values()) == 3 * 4
+    assert sum(x == 32 for x in factor.values()) == 4 * 4
     assert examples == pytest.approx({key: factor[key] * x for key, x in batches.items()}, rel=1e-12)
 
 
+def test_metrics_know_of_epochs():
+    with reported(LAYERS):
+        drawn, epochs = (loggers.metrics(None, batch_size=20, examples=n) for n in (None, 80))
+    assert epochs["snr/snr"] == pytest.approx(drawn["snr/snr"] + 0.25, rel=1e-12)
+
+
 def test_metrics_leave_out_what_is_no_number():
-    """A noise scale beyond its limit leaves its limit; a layer without a number leaves percentiles to the others."""
-    unseen = {"significant": [0.2, np.nan, 0.4], "persistent": [-1.0, 9.0, -1.0], "gradient_norm": [3.0, 3.0, 3.0]}
-    with reported(unseen | {"param_rms": [0.0] * 3, "persistent_error": [9.0] * 3}) as seen:
+    """An unknown noise scale leaves its lower end; a layer without a number leaves percentiles to the others."""
+    unseen = {"significant": [0.2, np.nan, 0.4], "share_sum": [-1.0, 9.0, -1.0], "power_sum": [9.0, 9.0, 9.0]}
+    unseen |= {"half": [1.0, 0.1, 1.0], "persistent": [0.0] * 3, "least_sum": [-9.0] * 3}
+    with reported(unseen | {"param_rms": [0.0] * 3, "slack": [9.0] * 3}) as seen:
         got = loggers.metrics(None)
     assert seen.columns["snr"][1] == np.inf
-    gone = {"noise_scale", "noise_scale_error", "effective_step"}
+    gone = {"noise_scale", "noise_scale_error", "noise_scale_high", "snr_high", "snr_error", "effective_step"}
+    gone |= {"persistence", "persistence_low", "persistence_high"}
     spread = {f"{key}_p{p}" for key in ("snr", "pseudo_snr", "significant") for p in (10, 50, 90)}
     assert set(got) == {f"snr/{key}" for key in (set(TOTALS) | spread) - gone}
     assert got["snr/significant_p50"] == pytest.approx(0.3)
@@ -301,16 +486,16 @@ def test_the_table_and_its_forms():
     assert [row["name"] for row in got.rows] == list(NAMES)
     assert json.loads(json.dumps(got.to_dict()))["names"] == list(NAMES)
     batches = snr_adam.report(_watched())
-    for key in ("noise_scale", "noise_scale_error", "noise_scale_limit"):
+    for key in ("noise_scale", "noise_scale_error", "noise_scale_low", "noise_scale_high"):
         np.testing.assert_allclose(got.columns[key], 32 * batches.columns[key])
         np.testing.assert_allclose(got.total[key], 32 * batches.total[key])
-    assert np.isfinite(got.total["noise_scale_limit"])
+    assert np.isfinite(got.total["noise_scale_low"])
 
 
 def test_metrics_are_plain_finite_floats_under_clean_names():
     state = _after(snr_adam.observe(optax.adam(0.1)), {"mlp/~/linear_0": {"w": jnp.ones((2, 3))}})
     few, many = snr_adam.metrics(state), snr_adam.metrics(state, "x/", layers=True)
-    assert len(few) < 30
+    assert len(few) < 40
     assert all(type(x) is float and np.isfinite(x) for x in many.values())
     assert few["snr/snr"] == snr_adam.report(state).total["snr"]
     assert "x/layer/snr/mlp/linear_0/w" in many
@@ -352,12 +537,12 @@ def test_histograms_lose_nothing_but_nan(monkeypatch):
 
 
 def test_noise_scales_have_histograms_in_examples():
-    state, bins = _watched(), {"noise_scale_limit": np.array([1.0, 10.0, 100.0, 1000.0])}
-    (few, _), (many, _) = (
-        snr_adam.telemetry.histograms(state, "", bins=bins, batch_size=b)["layers/noise_scale_limit"]
-        for b in (None, 32)
-    )
-    assert (list(few), list(many)) == ([3, 0, 0], [0, 0, 3])
+    bins = {"noise_scale": np.array([0.5, 20.0, 1e9])}
+    with reported(LAYERS):
+        (few, _), (many, _) = (
+            loggers.histograms(None, "", bins=bins, batch_size=b)["layers/noise_scale"] for b in (None, 32)
+        )
+    assert (list(few), list(many)) == ([3, 0], [0, 3])
 
 
 @pytest.mark.parametrize(

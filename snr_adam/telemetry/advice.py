@@ -148,7 +148,7 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     Reference: McCandlish et al., arXiv 1812.06162, appendix C, for averages over a run.
     """
     steps = np.asarray(history.steps)
-    gaps = np.diff(steps, prepend=since)
+    gaps = np.where(steps > since, np.diff(steps, prepend=since), 0)
     keys = ("snr", "snr_error", "snr_low", "snr_high")
     rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((4, 0), np.nan)
     known = np.isfinite(rows).all(0) & (gaps[: rows.shape[1]] > 0)
@@ -199,7 +199,7 @@ def advise(
     A gradient of 32 is 25% signal, the rest of its power is noise.
       now      32 examples, learning rate 0.001, b1 0.9, b2 0.999
       advised  128 examples, learning rate 0.002, b1 0.656, b2 0.99601
-    To the same loss: 0.44 times the steps (0.4 to 0.47),
+    To the same loss: 0.44 times the steps (0.4 to 0.48),
     1.8 times the examples (1.6 to 1.9).
     The learning rate goes with the square root of the batch, as the noise does. Signal and noise
     still forget half in 211 and 22,170 examples.

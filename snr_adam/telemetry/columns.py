@@ -9,12 +9,13 @@ learning rate. The inner product of a gradient with the momentum before it gives
 persists over the momentum's memory: it is at most the signal, and so a lower bound of it. Together
 
     snr = l / (1 - l)        between l - h and l + h, each as x / (1 - x); if the lags alone find no signal, l - h <= 0,
-                             between max(l - h, .75 (L/A - 1.4 h_L)) and max(l, L/A) + 1.5 h, and at least the lower end
+                             between max(l - h, .75 (L/A - 1.4 h_L)) and max(l, L/A, 0) + 1.5 h; at least the lower end,
+                             if that is above 0
     persistence = L / (l A),   with Fieller's interval
     noise_scale = B / snr,   between B over the one end and B over the other
 
 Batches that are drawn without replacement from N examples have noises that add up to zero over an epoch, which makes
-every product low: to the SNR B / N is added.
+every product low: to the SNR B / N is added, and a signal is found if the lower end is above 0 after that.
 """
 
 import dataclasses
@@ -93,14 +94,11 @@ class _Row(NamedTuple):
     lasting: np.ndarray
     lasting_half: np.ndarray
     batch_size: float
-    per_example: float
+    added: float
 
     def ratio(self, share):
         """The SNR of a share of signal."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(share < _ALL, share / (1 - share), np.where(np.isnan(share), np.nan, np.inf)) + (
-                self.per_example * self.batch_size
-            )
+        return _ratio(share) + self.added
 
     def fieller(self, sign: int):
         """An end of the interval of the ratio of two independent estimates; nan where the lower one may be 0."""
@@ -112,13 +110,19 @@ class _Row(NamedTuple):
     @property
     def scale(self):
         snr = self.ratio(self.share)
-        return np.where(np.isnan(snr), np.nan, np.where((self.low > 0) & (snr > 0), self.batch_size / snr, np.inf))
+        return np.where(np.isnan(snr), np.nan, np.where(self.ratio(self.low) > 0, self.batch_size / snr, np.inf))
 
     @property
     def error(self):
         """The standard error of the SNR: 1.96 of it are the larger side of its interval; inf if that has no end."""
         with np.errstate(invalid="ignore"):
             return np.where(self.share < _ALL, self.ratio(self.high) - self.ratio(self.share), np.nan) / 1.96
+
+
+def _ratio(share):
+    """x / (1 - x), inf for all there is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(share < _ALL, share / (1 - share), np.where(np.isnan(share), np.nan, np.inf))
 
 
 class Column(NamedTuple):
@@ -206,7 +210,7 @@ COLUMNS: dict[str, Column] = {
         "The lower end of the 95 % interval of noise_scale: without signal, what it is above.",
     ),
     "noise_scale_high": Column(
-        lambda r: np.where(r.low > 0, r.batch_size / r.ratio(r.low), np.where(np.isnan(r.low), np.nan, np.inf)),
+        lambda r: np.where(np.isnan(r.low), np.nan, r.batch_size / np.maximum(r.ratio(r.low), 0)),
         "The upper end of the 95 % interval of noise_scale; inf where no signal was found.",
     ),
 }
@@ -222,10 +226,11 @@ def columns(sums: Sums, batch_size: float | None, examples: int | None) -> dict[
         least, above = sums.least_sum / sums.power_sum, sums.above / sums.power_sum
         share = np.maximum(share, least)
         low, high = np.maximum(share - half, least), share + half + above
-        unsure = low <= 0  # where the lags found nothing, L may
+        added = 0.0 if examples is None else (batch_size or 1.0) / examples
+        unsure = _ratio(low) + added <= 0  # where the lags found nothing, L may
         low = np.where(unsure, np.fmax(low, _FALLING * (lasting - _SURE * lasting_half)), low)
-        high = np.where(unsure, np.fmax(share, lasting) + _BOUND * half + above, high)
-        share = np.maximum(share, np.where(unsure & (low > 0), low, share))
-        per_example = 0.0 if examples is None else 1 / examples
-        row = _Row(sums, share, half, low, high, lasting, lasting_half, batch_size or 1.0, per_example)
+        high = np.where(unsure, np.fmax(np.fmax(share, lasting), 0) + _BOUND * half + above, high)
+        found = _ratio(low) + added > 0
+        share, low = np.where(found, np.fmax(share, low), share), np.where(found, low, np.fmin(low, share))
+        row = _Row(sums, share, half, low, high, lasting, lasting_half, batch_size or 1.0, added)
         return {key: np.broadcast_to(column.of(row), sums.size.shape) for key, column in COLUMNS.items()}

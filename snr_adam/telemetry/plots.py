@@ -55,8 +55,7 @@ _UNITS = {
 def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
     """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
 
-    The estimates `gradient_signal` and `gradient_noise`, averages that reach back some 80 looks: they come late where
-    gradients shrink fast, as at the very start.
+    The estimates `gradient_signal` and `gradient_noise`, averages over some 80 looks: late where gradients shrink fast.
 
     Args:
       history: a `History` or reports.
@@ -64,8 +63,8 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
       axes: where to draw; None for a new figure.
 
     Returns:
-      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, which is half
-      of the 95 % interval, a signal cannot be told from none.
+      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, half of the
+      95 % interval, a signal cannot be told from none.
     """
     history, axes = _history(history), _axes(axes)
     signal, noise = (_of(history, f"gradient_{each}", layer) for each in ("signal", "noise"))
@@ -78,8 +77,7 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
 
 
 def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
-    """The SNR that the optimizer sees, over time, and the floor: what pure noise would show. Evidence is what is above;
-    below the floor successive gradients turn round, as they do where steps overshoot.
+    """The SNR that the optimizer sees over time, and its floor: pure noise. Below it, successive gradients turn round.
 
     Args, Returns: as for `signal_and_noise`.
 
@@ -175,14 +173,14 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     """
     history, axes = _history(history), _axes(axes)
     scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
-    known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(low) & (low > 0)
-    value, limit = np.where(known, scale, np.nan), low
-    low, high = np.maximum(low, value / 10), np.minimum(high, value * 10)
-    axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    beyond = np.isinf(scale) & np.isfinite(low) & (low > 0)
+    value = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
+    ends = np.maximum(low, value / 10), np.minimum(high, value * 10)
+    axes.fill_between(history.steps, *ends, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     # dots, for a number between two limits would be a line of length 0
     axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
     if beyond.any():
-        axes.plot(history.steps[beyond], limit[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
+        axes.plot(history.steps[beyond], low[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
     used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
     axes.axhline(batch_size or 1, ls="--", color=GRAY, label=used)
     axes.set_yscale("log")

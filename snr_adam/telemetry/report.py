@@ -202,6 +202,7 @@ def report(opt_state, batch_size: float | None = None, examples: int | None = No
             "tx = snr_adam.observe(tx), and pass the state of that one"
         )
     parts = [_read(state) for state in states]
+    parts = [part for part in parts if part.names] or parts[:1]
     names = tuple(name for part in parts for name in part.names)
     sums = Sums.join([part.sums for part in parts])
     total = parts[0].total if len(parts) == 1 else Sums.join([part.total for part in parts]).add()

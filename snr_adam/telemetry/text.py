@@ -121,9 +121,8 @@ def numbers(report) -> Table:
         f"the update over that of the parameters; noise scale in {unit}, with its 95 % interval"
     )
     window = getattr(report, "window", 0)
-    title = f"step {report.step:,}" + (
-        f"; snr, persistence and noise scale over about {window:,} steps" if window else ""
-    )
+    over = f"; snr, persistence and noise scale over about {window:,} steps" if window else ""
+    title = f"step {report.step:,}{over}"
     return Table(title, ("layer", *_SHOWN, "noise scale"), cells, legend, spare=_SPARE)
 
 
