@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._checks import check_scalar
+from snr_adam._derivatives import expm1, log_of, sqrt, within
 
 Scalar = float | jax.Array
 Hyper = Scalar | np.floating | Callable[[Any], Any]
@@ -83,8 +84,8 @@ def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     """The numbers of a moving average at step t >= 1, accurate for b arbitrarily close to 1."""
     now = value_at(b, t, dtype)
     gain = 1.0 - now  # exact for arrays in [1/2, 1], so that log1p sees the same b as the gain does
-    log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else jnp.log1p(-gain)
-    return Decay(gain, -1.0 / jnp.expm1(t.astype(dtype) * log_b), log_b)
+    log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else log_of(now, gain)
+    return Decay(gain, -1.0 / expm1(t.astype(dtype) * log_b), log_b)
 
 
 class Average(NamedTuple):
@@ -135,8 +136,7 @@ def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
-    limit = jnp.asarray(largest(x.dtype) * scale, x.dtype)
-    return jax.lax.clamp(-limit, x, limit)
+    return within(x, jnp.asarray(largest(x.dtype) * scale, x.dtype))
 
 
 def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
@@ -148,8 +148,8 @@ def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
     """
     tiny, known = float(jnp.finfo(v.dtype).tiny), isinstance(eps, float)
     if known and eps * float(jnp.finfo(v.dtype).eps) > math.sqrt(tiny):
-        return jnp.sqrt(v) + eps
-    noise = jnp.sqrt(v + tiny)
+        return sqrt(v) + eps
+    noise = sqrt(v + tiny)
     return jnp.maximum(noise, math.sqrt(tiny)) if known and eps == 0 else noise + eps
 
 
@@ -180,4 +180,4 @@ def length(k: Decay, t):
     """
     x = -k.log * t
     young = t + _langevin(-0.5 * k.log) - t * _langevin(0.5 * jnp.minimum(x, 0.25))
-    return jnp.where(x < 0.25, young, 2.0 / k.gain - 1.0 - 2.0 * t / jnp.expm1(x))
+    return jnp.where(x < 0.25, young, 2.0 / k.gain - 1.0 - 2.0 * t / jnp.expm1(jnp.minimum(x, 80.0)))

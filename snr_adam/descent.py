@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
+from snr_adam._derivatives import sqrt
 from snr_adam._numerics import abs_sq, times
 
 
@@ -67,5 +68,5 @@ class TrustRatio:
 
 def _trust_ratio(p, u):
     """|p| / |u|, and 1 where either is 0 (LAMB, with phi the identity)."""
-    p_norm, u_norm = jnp.sqrt(jnp.sum(abs_sq(p))), jnp.sqrt(jnp.sum(abs_sq(u)))
+    p_norm, u_norm = sqrt(jnp.sum(abs_sq(p))), sqrt(jnp.sum(abs_sq(u)))
     return jnp.where((p_norm > 0) & (u_norm > 0), p_norm / jnp.where(u_norm > 0, u_norm, 1.0), 1.0)

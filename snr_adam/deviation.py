@@ -106,7 +106,7 @@ class Spread:
         k = decay_at(self.b2, t, dtype)
         # g - m_{t-1} = (g - m_t) / (1 - a); where a = 1, at t = 1, m_t is g and nothing is known of the spread
         a = jnp.minimum(k.gain * k.debias, 1.0)
-        return 1.0 - a, jnp.where(a < 1.0, a / (1.0 - a), 0.0), value_at(self.eps, t, dtype)
+        return 1.0 - a, jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0), value_at(self.eps, t, dtype)
 
     def update(self, s, g, k, center):
         keep, weight, _ = k

@@ -27,6 +27,7 @@ import optax
 from snr_adam import _tree
 from snr_adam._checks import check_hyperparams
 from snr_adam._compiler import one_by_one
+from snr_adam._derivatives import sqrt
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
 from snr_adam.step import OPEN, Gate
 
@@ -65,7 +66,7 @@ def _look(leaves: list) -> _Look:
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
-    return _Look(first, jnp.sqrt(jnp.sum(squares)) * _unit(dtype))
+    return _Look(first, sqrt(jnp.sum(squares)) * _unit(dtype))
 
 
 def _is_real(g) -> bool:
@@ -98,7 +99,8 @@ def _scale(norm, clip_norm: Scalar | None):
     if clip_norm is None:
         return None
     clip = jnp.asarray(clip_norm, norm.dtype)
-    return jnp.where(norm > clip, clip / norm, 1.0)
+    long = norm > clip
+    return jnp.where(long, clip / jnp.where(long, norm, 1.0), 1.0)
 
 
 def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:

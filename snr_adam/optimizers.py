@@ -98,7 +98,8 @@ def adam(
       b1: decay of the signal, in [0, 1). It averages over about 1 / (1 - b1) gradients.
       b2: decay of the noise, in [0, 1).
       eps: added to the noise, in units of the gradient.
-      eps_root: added under the root, in units of the squared gradient.
+      eps_root: added under the root, in units of the squared gradient. In Optax it is for derivatives through a step
+        whose gradients are 0; here those are right without it.
       mu_dtype: dtype in which the signal rests; float32 if None. Unlike Optax's, bfloat16 is rounded stochastically
         and the step reads the signal as it rests.
       nesterov: uses `signal.Nesterov`, which makes it NAdam.

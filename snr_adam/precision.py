@@ -24,6 +24,7 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._bits import float_of, random_bits, round_to, seeds_at, word_of
+from snr_adam._derivatives import with_derivative_of, without_derivative
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
 _CODE = {"16": jnp.int16, "8": jnp.int8}
@@ -52,11 +53,13 @@ def _whole(p, remainder):
     if not _is_narrow(p):
         return p
     shift = _shift(p, remainder.dtype)
-    return float_of(((word_of(p) >> shift) + remainder.astype(jnp.uint32)) << shift)
+    whole = float_of(((word_of(p) >> shift) + remainder.astype(jnp.uint32)) << shift)
+    return with_derivative_of(whole, _widen(p))
 
 
 def _split(whole, old, p, code, dither):
     """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` was the weight."""
+    whole = without_derivative("carry_remainder keeps the bits of a weight apart", whole)
     word, shift = word_of(whole), _shift(p, code)
     if p.dtype == jnp.bfloat16:  # half away from zero: the other half of a tie would need a 65,537th code
         nearest = float_of((word + 0x8000) & jnp.uint32(0xFFFF0000))
@@ -181,7 +184,7 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
             if u is not None and _is_narrow(p):
                 old = _widen(p)
                 target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, seeds[i]))
-                us[i] = _widen(target) - old
+                us[i] = with_derivative_of(_widen(target) - old, _widen(u))
         return outer.unflatten(us), RoundStochasticallyState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)

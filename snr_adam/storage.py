@@ -31,6 +31,7 @@ import numpy as np
 
 from snr_adam._bits import float_of, round_to, word_of
 from snr_adam._checks import fault_of
+from snr_adam._derivatives import without_derivative
 from snr_adam._tree import exportable
 
 
@@ -123,6 +124,8 @@ def _cast(tree, dtype, dither=None):
 def _round(dtype, x, bits):
     if jnp.iscomplexobj(x):
         return x
+    if jnp.finfo(dtype).bits < 32:
+        x = without_derivative(f"a moment of {x.dtype} that rests in {jnp.dtype(dtype).name} is rounded", x)
     limit = float(jnp.finfo(dtype).max)  # an infinite moment, as float16 makes of 1e5, never comes back
     return round_to(dtype, jnp.clip(x, -limit, limit) if limit < float(jnp.finfo(x.dtype).max) else x, bits)
 
@@ -144,7 +147,7 @@ class Packed:
 
     def encode(self, mu, nu, dither):
         _require_one_of_each(mu, nu)
-        m, v = word_of(mu), word_of(nu)
+        m, v = (word_of(without_derivative("storage='packed' rounds its moments", x)) for x in (mu, nu))
         bits = dither(mu.shape, 0)
         m = (m + (bits >> 16)) & _HIGH
         v = (v + (bits & 0x7FFF)) >> 15

@@ -58,7 +58,8 @@ def one_each(xs, axis):
 
 
 def _alike(xs) -> list:
-    """Every array as float32, in the shape of the first."""
+    """Every array as float32, in the shape of the first; what is looked at has no derivative."""
+    xs = jax.lax.stop_gradient(list(xs))
     return [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
 
 

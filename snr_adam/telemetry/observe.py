@@ -295,6 +295,6 @@ def observe(
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
             out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
-        return out, state._replace(inner=inner, count=count, **new._asdict())
+        return out, state._replace(inner=inner, count=count, **jax.lax.stop_gradient(new)._asdict())
 
     return optax.GradientTransformationExtraArgs(init, update)
