@@ -3,7 +3,7 @@
     learning_rate, weight_decay, ...    finite, not negative
     b1, b2, b3, b, decay, momentum      in [0, 1), and told from 1 by the dtype in use: float32 takes 1 - 2e-8 for 1
     eps                                 positive, and not 0 once rounded to the dtype in use: then 0 / 0 is NaN
-    clip_norm, ...                      positive
+    clip_norm                           positive, and not so small that squares are lost
 
 Presets and estimators look their arguments up here by name. What is not known yet is left alone: schedules, and traced
 numbers, for which `check_hyperparams` is there. The dtype in use is float32, or float64 where 64-bit types are on.
@@ -38,6 +38,11 @@ _DECAY = Range(
     "in [0, 1), and under 1 also once rounded to the dtype in use (float32: at most 1 - 6e-8)",
     lambda x, f: (x >= 0) & (x < 1 - float(f.epsneg) / 2),
 )
+_MEASURED = Range(
+    "a finite number > 0, and at least the third root of the least one (float32: 2.3e-13), or gradients so short have "
+    "squares that are 0",
+    lambda x, f: (x >= float(f.tiny) ** (1 / 3)) & (x < math.inf),
+)
 _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
@@ -46,7 +51,8 @@ _PLAIN = ("learning_rate", "weight_decay", "eps_root", "alpha", "initial", "init
 RANGES = {
     **dict.fromkeys(_PLAIN, _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "b3", "b", "decay", "momentum"), _DECAY),
-    **dict.fromkeys(("eps", "clip_norm"), _POSITIVE),
+    "eps": _POSITIVE,
+    "clip_norm": _MEASURED,
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
@@ -58,6 +64,42 @@ def check_fields(self) -> None:
     for field in dataclasses.fields(self):
         if field.name in _OF_PARTS:
             _check(f"{type(self).__name__}: {field.name}", getattr(self, field.name), _OF_PARTS[field.name], field.name)
+
+
+def check_fields_and_eps(self) -> None:
+    """The same for an estimator that divides by its eps alone where all gradients are 0."""
+    check_fields(self)
+    _check(f"{type(self).__name__}: eps", self.eps, RANGES["eps"], "eps")
+
+
+def check_value(name: str, schedule, value, dtype) -> None:
+    """What a schedule has returned is a number in the range of what it is for, if its value is known."""
+    what = f"{name}: the value of schedule {getattr(schedule, '__name__', schedule)}"
+    check_scalar(what, value, "one real number")
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    allowed = _OF_PARTS[name]
+    if not allowed.holds(np.asarray(value, float), jnp.finfo(dtype or jnp.result_type(float))):
+        raise ValueError(f"{what} is {value}: must be {allowed.words}")
+
+
+def check_eps(eps: float, dtype) -> None:
+    """An eps that is not 0 is not 0 in the dtype of the arithmetic either."""
+    if not _NOT_LOST.holds(eps, jnp.finfo(dtype)):
+        raise ValueError(f"eps={eps} is 0 in {jnp.dtype(dtype).name}, in which the step is computed: give a larger one")
+
+
+def check_fit(owner: str, signal, noise) -> None:
+    """Raises ValueError where a noise says that it does not go with this signal, by its method `misfit(signal)`."""
+    misfit = getattr(noise, "misfit", None)
+    if misfit and (fault := misfit(signal)):
+        raise ValueError(f"{owner}: noise={noise!r} does not go with signal={signal!r}: {fault}")
+
+
+def is_mask(on) -> bool:
+    """Whether `on` says yes or no: a bool, an array of them, or the None of a frozen parameter."""
+    dtype = getattr(on, "dtype", None)
+    return on is None or isinstance(on, bool) or (dtype is not None and jnp.issubdtype(dtype, jnp.bool_))
 
 
 def check_arguments(owner: str, arguments: dict) -> None:
@@ -151,7 +193,8 @@ def _check(what: str, value, allowed: Range, name: str) -> None:
     check_scalar(what, value, allowed.words)
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
         return
-    if not allowed.holds(np.asarray(value), jnp.finfo(jnp.result_type(float))):
+    # in float64: float16 would round the ends of the range to its own numbers, the least eps to 0
+    if not allowed.holds(np.asarray(value, float), jnp.finfo(jnp.result_type(float))):
         raise ValueError(f"{what}={value}: must be {allowed.words}")
 
 

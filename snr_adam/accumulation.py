@@ -20,6 +20,7 @@ is the mean over all pieces, which has the same expectation and a smaller spread
 1812.06162, appendix A.1.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
+from snr_adam._checks import check_scalar
 from snr_adam._compiler import never
 from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
 
@@ -63,14 +65,15 @@ def accumulate(
     Args:
       tx: any optimizer; the result replaces it.
       every: n, microbatches per step; or a schedule of n, a function of the number of steps so far, for a batch size
-        that grows.
+        that grows. Of a schedule's number that is not known while the step is traced the fraction is dropped, and less
+        than 1 is 1.
 
     Returns:
       A transformation with the state `AccumulateState`. Its updates have the gradients' dtypes, or wider ones if `tx`
       gives such; they are zero but after every n-th microbatch, when `state.count` is 0.
 
     Raises:
-      ValueError: if `every` is a number below 1.
+      ValueError, TypeError: if `every`, or what it returns, is known and no whole number from 1 on.
 
     >>> tx = accumulate(optax.sgd(0.5), every=2)
     >>> state = tx.init(jnp.zeros(()))
@@ -80,21 +83,25 @@ def accumulate(
     0.0 1
     -1.0 0
     """
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every={every}: a step needs at least 1 microbatch")
+    if not callable(every):
+        _check_every("every", every)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
-        buffer = [None if p is None else _tree.init_like(moment_like, _tree.as_array(p)) for p in leaves]
+        buffer = [None if p is None else _tree.init_like(moment_like, _tree.jax_array(p)) for p in leaves]
         # scalars are arrays of their own: one buffer cannot be donated twice
         (count, steps), (piece, mean) = ([new(leaves) for _ in range(2)] for new in (_tree.new_count, _zero))
         return AccumulateState(count, steps, outer.unflatten(buffer), piece, mean, tx.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        n = jnp.asarray(every(state.steps) if callable(every) else every, jnp.int32)
-        grads = jax.tree.map(_tree.as_array, updates)
+        n = every
+        if callable(every):
+            n = every(state.steps)
+            _check_every("the value of schedule every", n)
+        n = jnp.maximum(jnp.asarray(n).astype(jnp.int32), 1)
+        grads = jax.tree.map(_tree.jax_array, updates)
         like, _ = jax.eval_shape(tx.update, grads, state.inner, params, **extra_args)
         # what lies in the buffer of a step that was taken is its update, and no part of the next sum
         total = jax.tree.map(lambda s, g: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), state.buffer, grads)
@@ -110,7 +117,7 @@ def accumulate(
             squares = piece, whole / (n * n).astype(jnp.float32)
             return AccumulateState(jnp.zeros_like(n), optax.safe_increment(state.steps), buffer, *squares, inner)
 
-        done = state.count + 1 >= n
+        done = _tree.checked_count(state.count) + 1 >= n
         state = state._replace(count=state.count + 1, buffer=total)
         state = jax.lax.cond(done, run, lambda state: state, state)
         return jax.tree.map(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer), state
@@ -127,6 +134,15 @@ def apply_accumulated(params, state: AccumulateState):
         params = apply_accumulated(params, state)
     """
     return jax.lax.cond(state.count == 0, optax.apply_updates, lambda params, _: params, params, state.buffer)
+
+
+def _check_every(what: str, n) -> None:
+    """Raises unless n is a whole number from 1 on, or is not known yet."""
+    check_scalar(what, n, "a whole number of microbatches from 1 on")
+    if isinstance(n, jax.core.Tracer) or not getattr(n, "is_fully_addressable", True):
+        return
+    if not (1 <= float(n) < math.inf and float(n) == int(n)):
+        raise ValueError(f"{what}={n}: a step needs a whole number of microbatches from 1 on")
 
 
 def _zero(leaves):

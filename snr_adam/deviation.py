@@ -8,6 +8,7 @@ Spread      sqrt(s + m^2), s the variance around `signal.Mean`         Adam with
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
@@ -26,6 +27,7 @@ from snr_adam._numerics import (
 )
 from snr_adam._tree import exportable
 from snr_adam.noise import Squares
+from snr_adam.signal import Gradient, Mean
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Belief(Squares):
     b2: Hyper = 0.999
     eps: Hyper = 1e-16
     eps_root: Hyper = 1e-16
+
+    def misfit(self, signal):
+        if isinstance(signal, (Gradient, Mean)):
+            return "it measures around the moving average that the signal keeps: use EMA, Nesterov or Mixture"
+        return None
 
     def update(self, v, g, k, center):
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
@@ -73,7 +80,7 @@ class Deviation:
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
 
     def at(self, t, dtype):
-        return decay_at(self.decay, t, dtype), value_at(self.eps, t, dtype)
+        return decay_at(self.decay, t, dtype), value_at(self.eps, t, dtype, "eps")
 
     def update(self, state, g, k, center):
         gain = k[0].gain
@@ -99,6 +106,11 @@ class Spread:
     eps: Hyper = 1e-8
     __post_init__ = check_fields
 
+    def misfit(self, signal):
+        if isinstance(signal, Mean) and _same(signal.b1, self.b2):
+            return None
+        return f"it measures around the corrected mean, of the same decay: use Mean({self.b2})"
+
     def init(self, p):
         return square_like(p)
 
@@ -106,7 +118,11 @@ class Spread:
         k = decay_at(self.b2, t, dtype)
         # g - m_{t-1} = (g - m_t) / (1 - a); where a = 1, at t = 1, m_t is g and nothing is known of the spread
         a = jnp.minimum(k.gain * k.debias, 1.0)
-        return 1.0 - a, jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0), value_at(self.eps, t, dtype)
+        return (
+            1.0 - a,
+            jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0),
+            value_at(self.eps, t, dtype, "eps"),
+        )
 
     def update(self, s, g, k, center):
         keep, weight, _ = k
@@ -120,3 +136,10 @@ class Spread:
 
     def second(self, s, center):
         return s + abs_sq(center)
+
+
+def _same(a: Hyper, b: Hyper) -> bool:
+    """Whether two decays are one; of two traced ones nobody knows."""
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return True
+    return bool(a == b) if callable(a) or callable(b) else float(a) == float(b)

@@ -28,6 +28,7 @@ from snr_adam import _tree
 from snr_adam._checks import check_hyperparams
 from snr_adam._compiler import one_by_one
 from snr_adam._derivatives import sqrt
+from snr_adam._moments import leaf_names
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
 from snr_adam.step import OPEN, Gate
 
@@ -56,8 +57,15 @@ class _Look(NamedTuple):
     norm: Any
 
 
+def _is_place(x) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
 def _look(leaves: list) -> _Look:
-    gs = [_tree.as_array(g) if _is_real(g) else None for g in leaves]
+    """`leaves` has an entry for each that is None or masked too: they count."""
+    gs = [_tree.jax_array(g) if not _is_place(g) and _is_real(g) else None for g in leaves]
+    numbers = [i for i, g in enumerate(gs) if not _is_place(leaves[i])]
+    gs = [gs[i] for i in numbers]
     dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
     squares = [jnp.zeros((), dtype)]
     for g in gs:
@@ -66,6 +74,8 @@ def _look(leaves: list) -> _Look:
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
+    if numbers != list(range(len(numbers))):
+        first = jnp.asarray([-1, *numbers], jnp.int32)[first + 1]
     return _Look(first, sqrt(jnp.sum(squares)) * _unit(dtype))
 
 
@@ -110,7 +120,7 @@ def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
     def scaled(g):
         if g is None or scale is None or not _is_real(g):
             return g
-        x = _tree.as_array(g)
+        x = _tree.jax_array(g)
         x = gate.scaled(widen(x)).astype(x.dtype)
         gate.raw[id(x)] = x, g
         return x
@@ -168,7 +178,7 @@ def guard(
 
     def init(params):
         leaves, _ = _tree.flatten(params)
-        numbers = [_tree.as_array(p) for p in leaves if p is not None and _is_real(p)]
+        numbers = [_tree.jax_array(p) for p in leaves if p is not None and _is_real(p)]
         new = functools.partial(_tree.new_scalar, leaves)
         return GuardState(
             inner=inner.init(params),
@@ -180,7 +190,7 @@ def guard(
         )
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
-        outer, look = gate, _look(jax.tree.leaves(updates))
+        outer, look = gate, _look(jax.tree.leaves(updates, is_leaf=_is_place))
         ok = (look.bad < 0) & ~state.holding & outer.ok
         given, gate = _passed_on(updates, ok, _scale(look.norm, clip_norm), outer)
         us, new = inner.update(given, state.inner, params, gate=gate, **extra_args)
@@ -244,6 +254,17 @@ def health(state, params) -> Health:
             f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
         )
     skipped, consecutive, holding, last_bad, norm = (np.asarray(x) for x in jax.device_get(found[0][1:]))
-    names = [name for name, leaf in _tree.named_leaves(params) if leaf is not None]
-    name = names[int(last_bad)] if last_bad >= 0 else None
+    name = _name_of(int(last_bad), found[0], state, params) if last_bad >= 0 else None
     return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
+
+
+def _name_of(number: int, guarded: GuardState, state, params) -> str:
+    """The name of that leaf among those that the guard was given, which need not be all of the parameters."""
+    names, masks = [name for name, _ in _tree.named_leaves(params)], _tree.nodes(optax.MaskedState, state)
+    below = _tree.nodes(optax.MaskedState, guarded.inner)
+    given = None if below else leaf_names(guarded.inner)
+    if given is not None and len(given) != len(names):
+        names = given
+    elif given is None and len(masks) > len(below):
+        return f"leaf number {number} of those that optax.masked shows to the guard, itself counted"
+    return names[number] if number < len(names) else f"leaf number {number}, which these parameters do not have"

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from snr_adam._checks import check_fields
+from snr_adam._checks import check_fields, check_fields_and_eps
 from snr_adam._numerics import (
     Average,
     Decay,
@@ -77,7 +77,7 @@ class _Numbers(NamedTuple):
 
 
 def numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
-    return _Numbers(decay_at(b2, t, dtype), value_at(eps, t, dtype), value_at(eps_root, t, dtype))
+    return _Numbers(decay_at(b2, t, dtype), value_at(eps, t, dtype, "eps"), value_at(eps_root, t, dtype))
 
 
 def _root(v, k: _Numbers, debias: bool = True):
@@ -163,13 +163,13 @@ class Infinity:
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
-    __post_init__ = check_fields
+    __post_init__ = check_fields_and_eps
 
     def init(self, p):
         return square_like(p)
 
     def at(self, t, dtype):
-        return 1.0 - decay_at(self.b2, t, dtype).gain, value_at(self.eps, t, dtype)
+        return 1.0 - decay_at(self.b2, t, dtype).gain, value_at(self.eps, t, dtype, "eps")
 
     def update(self, n, g, k, center):
         b2, eps = k
@@ -271,7 +271,7 @@ class Previous:
         # not 0 at first, which makes 0 / 0 where g is 0; inverted here, because a division by a scalar is compiled as a
         # product with its inverse, but not for leaves of one element
         inverse_clip = None if clip is None else 1.0 / jnp.where(first, 1.0, clip)
-        return _Before(gain, value_at(self.eps, t, dtype), inverse_clip, first)
+        return _Before(gain, value_at(self.eps, t, dtype, "eps"), inverse_clip, first)
 
     def update(self, v, g, k: _Before, center):
         return lerp(v, square_onto(v, g), k.gain)

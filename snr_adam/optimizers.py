@@ -349,6 +349,8 @@ def rmsprop(
 
     Reference: Hinton, Neural Networks for Machine Learning, lecture 6; Graves, arXiv 1308.0850, eq. 38-41.
     """
+    if nesterov and momentum is None:
+        raise ValueError("rmsprop: nesterov=True looks ahead along a momentum, and momentum is None: give one, as 0.9")
     if centered:
         noise = d.Deviation(decay, eps, eps_in_sqrt, bias_correction, initial_scale)
     else:

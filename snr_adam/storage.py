@@ -91,6 +91,8 @@ class Cast:
                     raise ValueError(
                         f"Cast({name}={dtype!r}): a moment needs a floating dtype, such as 'bfloat16' or 'float32'"
                     )
+                if jnp.finfo(dtype).bits < 16:
+                    raise ValueError(f"Cast({name}={dtype!r}): moments stand still in so few bits: use 'bfloat16'")
                 if name == "nu" and jnp.finfo(dtype).maxexp < 128:
                     raise ValueError(
                         f"Cast(nu={dtype!r}): squares of gradients over {float(jnp.finfo(dtype).max) ** 0.5:.0f} do "

@@ -16,10 +16,11 @@ import optax
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._bits import random_bits, seeds_at
-from snr_adam._checks import check_arguments, check_part
+from snr_adam._checks import check_arguments, check_fit, check_part, is_mask
 from snr_adam._compiler import unseen_zero, with_moments
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
+from snr_adam._state import ScaleBySnrState, fits, made_by, marked
 from snr_adam.descent import Decoupled, Descent, decays
 from snr_adam.noise import RMS, Noise
 from snr_adam.shared import Shared, SharedNoise
@@ -31,26 +32,11 @@ Rate: TypeAlias = Hyper | Mapping[Any, "Rate"] | list[Any] | tuple["Rate", ...]
 """A learning rate: a number, a scalar array, a schedule, or a tree of these that is a prefix of the parameters."""
 
 
-@_tree.exportable
-class ScaleBySnrState(NamedTuple):
-    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`.
-
-    count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
-    mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).
-    nu: the noise's memory, likewise; or a mark of the form in which both rest: `SharedNoise`, `storage.InWords`,
-      `storage.InOwnForm`.
-    """
-
-    count: Any
-    mu: Any
-    nu: Any
-
-
 class _Memory:
     """What one parameter keeps, and how the tree of a state holds it."""
 
     def __init__(self, rule: Rule, axes_of):
-        self.rule, self.axes_of = rule, axes_of
+        self.rule, self.axes_of, self.made = rule, axes_of, made_by(rule.signal, rule.noise)
         self.inner = jax.tree.structure(jax.eval_shape(lambda: rule.init(jnp.zeros((), jnp.float32))))
         self.kept = functools.cache(self._kept)
         if axes_of and not (storages.is_apart(rule.storage) and self._can_share()):
@@ -79,7 +65,7 @@ class _Memory:
         if self.axes_of:
             axes = [self.axes_of(path, jnp.shape(p)) for path, p in _tree.named_leaves(params)]
         return [
-            None if p is None else _tree.init_like(functools.partial(self.rule.init, shared=over), _tree.as_array(p))
+            None if p is None else _tree.init_like(functools.partial(self.rule.init, shared=over), _tree.jax_array(p))
             for p, over in zip(leaves, axes, strict=True)
         ]
 
@@ -88,6 +74,13 @@ class _Memory:
         shared = isinstance(state.nu, SharedNoise)
         nu = outer.unflatten(state.nu.v) if shared else storages.unmark(state.nu)
         try:
+            if not fits(state.made, self.made):
+                raise ValueError(
+                    f"the moments are those of {state.made} (signal/noise), not of {self.made}; between Adam's own, "
+                    "such as nadam's and radam's, `from_optax(state, tx.init(params))` moves"
+                )
+            if shared and not self._can_share():
+                raise ValueError("the noise is shared, and this one keeps more than a mean of squares")
             if not shared and type(storages.mark(self.rule.storage, nu)) is not type(state.nu):
                 raise ValueError("the moments rest in another form")
             return _tree.split(outer, self.inner, Stored(state.mu, nu), updates)
@@ -98,11 +91,11 @@ class _Memory:
                 f"{type(state.mu).__name__}, its nu {type(state.nu).__name__}: of another optimizer or storage?)"
             ) from None
 
-    def join(self, outer, rows, count, shared: bool) -> ScaleBySnrState:
+    def join(self, outer, rows, count, shared: bool, made: str | None) -> ScaleBySnrState:
         """The inverse of `split`."""
         mu, nu = _tree.join(outer, self.inner, rows)
         nu = SharedNoise(tuple(outer.flatten_up_to(nu))) if shared else storages.mark(self.rule.storage, nu)
-        return ScaleBySnrState(count, mu, nu)
+        return marked(ScaleBySnrState(count, mu, nu), made)
 
 
 class _PerLeaf(NamedTuple):
@@ -115,17 +108,21 @@ class _PerLeaf(NamedTuple):
     def at(self, t, outer, updates, params) -> tuple[list, list]:
         """alpha and lambda of every leaf."""
 
-        def resolve(hyper):
-            return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
+        def resolve(hyper, name):
+            return jax.tree.map(lambda h: value_at(h, t, name=name), hyper, is_leaf=_tree.is_none)
 
         if self.alpha is None:
             return [None] * outer.num_leaves, [0.0] * outer.num_leaves
-        alphas = _tree.spread(resolve(self.alpha), outer, updates, "learning_rate")
-        decay = resolve(self.weight_decay)
+        alphas = _tree.spread(resolve(self.alpha, "learning_rate"), outer, updates, "learning_rate")
+        decay = resolve(self.weight_decay, "weight_decay")
         if self.mask is None:
             return alphas, [decay] * outer.num_leaves
         mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
-        return alphas, [_select(on, decay) for on in _tree.spread(mask, outer, updates, "mask")]
+        masks = _tree.spread(mask, outer, updates, "mask")
+        for (path, _), on in zip(_tree.named_leaves(updates), masks, strict=True):
+            if not is_mask(on):
+                raise TypeError(f"mask at {path} is {on!r}: must be True or False, whether this parameter decays")
+        return alphas, [_select(on, decay) for on in masks]
 
 
 def _select(on, decay):
@@ -156,13 +153,13 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
         rows = memory.init(params, leaves)
-        return memory.join(outer, rows, _tree.new_count(leaves), bool(memory.axes_of))
+        return memory.join(outer, rows, _tree.new_count(leaves), bool(memory.axes_of), memory.made)
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, look: Look | None = None, **extra_args):
         del extra_args
         if not isinstance(state, ScaleBySnrState):
             raise wrong_state(state)
-        t: Any = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(_tree.checked_count(state.count))
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)
@@ -181,17 +178,17 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         def leaf(number, path, given, stored, p, alpha, decay):
             if given is None:
                 return None, stored
-            g = _tree.as_array(given)
+            g = _tree.jax_array(given)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
             k = numbers(dtype)._replace(zero=numbers(dtype).zero.astype(wide))
             source, is_raw = gate.source(given)
-            source = _tree.as_array(source)
+            source = _tree.jax_array(source)
             x = gate.gradient(source.astype(wide), is_raw)
             new = rule.moments(x, stored, k, dtype, dither, gate)
             ratio = rule.ratio(x, stored, new, k, dtype)
-            p = None if p is None else _tree.as_array(p).astype(wide)
+            p = None if p is None else _tree.jax_array(p).astype(wide)
             alpha, decay = _in(dtype, alpha), _in(dtype, decay)
             if look is not None:
                 look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay))
@@ -203,7 +200,7 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, strict=True)
         new = [leaf(*row) for row in each]
         count = t if gate is OPEN else gate.choose(t, state.count)
-        after = memory.join(outer, [stored for _, stored in new], count, shared)
+        after = memory.join(outer, [stored for _, stored in new], count, shared, state.made)
         if gate is not OPEN:
             gate.held.append(after)
         return outer.unflatten([u for u, _ in new]), after
@@ -217,6 +214,7 @@ def _build(owner: str, signal, noise, storage, descent, per_leaf=_PerLeaf()):
     check_part(owner, "signal", signal, Signal, "EMA(0.9)")
     check_part(inside_of, "noise", inside, Noise, "RMS(0.999)")
     check_part(owner, "descent", descent, Descent, "Decoupled()")
+    check_fit(inside_of, signal, inside)
     return _lift(_Memory(Rule(signal, inside, storage, descent), axes_of), per_leaf)
 
 

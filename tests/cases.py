@@ -61,6 +61,13 @@ NOISES = {
     "spread": Spread(0.95),
     "unit": Unit(),
 }
+
+
+def go_together(signal, noise) -> bool:
+    """Whether the noise measures around something that this signal keeps; see `_checks.check_fit`."""
+    return not (hasattr(noise, "misfit") and noise.misfit(signal))
+
+
 STORAGES = {
     "float32": Full(),
     "bfloat16": Cast("bfloat16", "bfloat16"),

@@ -157,7 +157,7 @@ NARROW |= {
 @pytest.mark.parametrize("name", NARROW)
 def test_rounded_moments_refuse(name):
     """Rounding has derivative 0, and what derivative one would say it has cannot rest in 16 bits to three digits."""
-    with pytest.raises(TypeError, match="rounded, and rounding has no der|storage='packed' rounds its .* float32"):
+    with pytest.raises(TypeError, match=r"rounded, and rounding has no der|storage='packed' rounds its .* float32"):
         meta_gradient(NARROW[name])
 
 

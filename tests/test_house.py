@@ -10,7 +10,7 @@ import snr_adam
 
 PACKAGE = "snr_adam"
 LAYERS = (
-    {"_checks", "_compiler", "_derivatives", "_tree"},
+    {"_checks", "_compiler", "_derivatives", "_state", "_tree"},
     {"_bits", "_numerics"},
     {"descent", "noise", "shared", "signal", "storage"},
     {"deviation", "step"},

@@ -22,6 +22,7 @@ PAIRS = {
     f"{signal}/{noise}": functools.partial(scale_by_snr, cases.SIGNALS[signal], cases.NOISES[noise])
     for signal in cases.SIGNALS
     for noise in cases.NOISES
+    if cases.go_together(cases.SIGNALS[signal], cases.NOISES[noise])
 }
 PRESETS = {name: functools.partial(preset, 0.1) for name, (preset, _) in cases.PRESETS.items()}
 ALL = {**PAIRS, **PRESETS}

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from snr_adam import _tree
+from snr_adam._state import fits, marks
 from snr_adam.state.digest import compare, manifest, verify
 from snr_adam.state.forms import FORM, earlier, renewed
 
@@ -43,7 +44,7 @@ def save_state(directory: str | os.PathLike, step: int, state: Any) -> None:
             raise ValueError(f"{directory} has a checkpoint {step} already: delete it, or save under a later step")
         item = ocp.args.Composite(
             state=ocp.args.StandardSave(_without_empty(state)),
-            manifest=ocp.args.JsonSave({"step": step, "form": FORM, "leaves": leaves}),
+            manifest=ocp.args.JsonSave({"step": step, "form": FORM, "made": marks(state), "leaves": leaves}),
         )
         manager.save(step, args=item, force=True)
 
@@ -65,7 +66,8 @@ def restore_state(directory: str | os.PathLike, like: Any, step: int | None = No
     with _manager(directory, writes=False) as manager:
         step = _chosen(manager, directory, step)
         with _about(f"checkpoint {os.path.join(directory, str(step))}"):
-            form, leaves = _read_manifest(manager, step)
+            form, leaves, made = _read_manifest(manager, step)
+            _check_marks(made, marks(like))
             target = earlier(like, form)
             compare(target, leaves)
             state = _read_state(manager, step, target)
@@ -113,7 +115,17 @@ def _read_manifest(manager, step: int):
         raise ValueError(
             f"it is of form {form}, and this version of snr_adam reads forms 1 to {FORM}: take a newer one"
         )
-    return form, leaves
+    return form, leaves, saved.get("made", [])
+
+
+def _check_marks(saved: list, wanted: list) -> None:
+    """Raises where a state was made by other parts; older manifests do not say by which."""
+    for here, there in zip(saved, wanted, strict=False):
+        if not fits(here, there):
+            raise ValueError(
+                f"it holds moments of {here} (signal/noise) and `like` is of {there}: restore it with the optimizer "
+                "that was saved; `from_optax(state, like)` moves between those that keep Adam's averages"
+            )
 
 
 def _read_state(manager, step: int, like):

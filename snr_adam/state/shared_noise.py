@@ -29,6 +29,8 @@ from snr_adam.shared import Shared, SharedNoise
 from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
 
+_NOT_SHARED = ("Maximum", "Infinity", "Deviation", "Spread", "Unit")
+
 
 class Candidate(NamedTuple):
     """One parameter and the axes over which its noise is best shared; `axes` is () where nothing passes the cutoff.
@@ -180,6 +182,11 @@ def _only(state) -> ScaleBySnrState:
 def _second_moments(state: ScaleBySnrState):
     if isinstance(state.nu, SharedNoise):
         raise ValueError("the noise of this state is shared already")
+    if state.made and state.made.rpartition("/")[2] in _NOT_SHARED:
+        raise ValueError(
+            f"sharing needs a noise that is a mean of squares: this state is one of {state.made} (signal/noise), which "
+            "`Shared` refuses too"
+        )
     if isinstance(state.nu, InOwnForm):
         raise ValueError(
             "the moments of this state rest in the form of a storage that this package does not know (its nu is "

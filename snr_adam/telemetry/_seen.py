@@ -218,7 +218,7 @@ class Shown:
                 v = jnp.broadcast_to(v, g.shape)
                 counted = (abs_sq(g) > 0) & (v > 0)
                 hits = counted & (abs_sq(m) > least[leaf.part].reshape(shape) * v)
-            p = None if p is None else widen(_tree.as_array(p))
+            p = None if p is None else widen(_tree.jax_array(p))
             u = abs_sq(seen.update(p))
             return [jnp.asarray(x) for x in (abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p))]
 

@@ -229,7 +229,7 @@ def observe(
             look.seen.update(own.seen)
         leaves, outer = _tree.flatten(updates)
         step = shown(leaves, outer, updates, state, inner, out, own, params)
-        t: Any = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(_tree.checked_count(state.count))
         old = _Sums(state.seen, state.looked, state.detailed, state.square, state.means, state.memory, state.last)
         due = (t % every == 0) | (t <= _EARLY)
 
@@ -294,7 +294,7 @@ def observe(
         new, zero = jax.lax.platform_dependent(cpu=afterwards, cuda=on_gpu, default=inside)
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
-            out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
+            out = jax.tree.map(lambda u: _compiler.after(_tree.jax_array(u), zero), out)
         return out, state._replace(inner=inner, count=count, **jax.lax.stop_gradient(new)._asdict())
 
     return optax.GradientTransformationExtraArgs(init, update)
