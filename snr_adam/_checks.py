@@ -66,12 +66,6 @@ def check_fields(self) -> None:
             _check(f"{type(self).__name__}: {field.name}", getattr(self, field.name), _OF_PARTS[field.name], field.name)
 
 
-def check_fields_and_eps(self) -> None:
-    """The same for an estimator that divides by its eps alone where all gradients are 0."""
-    check_fields(self)
-    _check(f"{type(self).__name__}: eps", self.eps, RANGES["eps"], "eps")
-
-
 def check_value(name: str, schedule, value, dtype) -> None:
     """What a schedule has returned is a number in the range of what it is for, if its value is known."""
     what = f"{name}: the value of schedule {getattr(schedule, '__name__', schedule)}"

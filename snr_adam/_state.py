@@ -21,7 +21,7 @@ to whoever asks for it (`from_optax`)."""
 
 
 class _Made:
-    """The mark as the tree's structure holds it: unknown equals everything, so that trees made by hand match."""
+    """The mark as the tree's structure holds it. Marks that fit are equal: a tree that is made by hand matches any."""
 
     __slots__ = ("by",)
 
@@ -29,7 +29,7 @@ class _Made:
         self.by = by
 
     def __eq__(self, other):
-        return isinstance(other, _Made) and (self.by == other.by or self.by is None or other.by is None)
+        return isinstance(other, _Made) and fits(self.by, other.by)
 
     def __hash__(self):
         return 0

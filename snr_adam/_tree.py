@@ -86,6 +86,11 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
 
+def keys(tree) -> list[str]:
+    """The path of each leaf, None included, as no other leaf has it: a name such as "a/b" may be that of two."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
+
+
 def nodes(kind, state) -> list:
     """The parts of a state that are of this type, wherever they are in it."""
 

@@ -104,23 +104,23 @@ def accumulate(
         grads = jax.tree.map(_tree.jax_array, updates)
         like, _ = jax.eval_shape(tx.update, grads, state.inner, params, **extra_args)
         # what lies in the buffer of a step that was taken is its update, and no part of the next sum
-        total = jax.tree.map(lambda s, g: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), state.buffer, grads)
+        total = _each(lambda g, s: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), grads, state.buffer)
 
         def run(state):
-            piece, whole = _square(grads), _square(state.buffer)
+            piece, whole = _square(grads), _square(_each(lambda g, s: s, grads, state.buffer, None))
             # the sum is read before the update takes its place, and need not be copied
             pieces = jnp.where(never(whole), 0, n)
-            mean = jax.tree.map(lambda s: divide(s, pieces.astype(compute_dtype(s))), state.buffer)
+            mean = _each(lambda g, s: divide(s, pieces.astype(compute_dtype(s))), grads, state.buffer, None)
             given = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, grads)
             us, inner = tx.update(given, state.inner, params, **extra_args)
-            buffer = jax.tree.map(lambda u, s: u.astype(s.dtype), us, state.buffer)
+            buffer = _each(lambda u, s: u.astype(s.dtype), us, state.buffer)
             squares = piece, whole / (n * n).astype(jnp.float32)
             return AccumulateState(jnp.zeros_like(n), optax.safe_increment(state.steps), buffer, *squares, inner)
 
         done = _tree.checked_count(state.count) + 1 >= n
         state = state._replace(count=state.count + 1, buffer=total)
         state = jax.lax.cond(done, run, lambda state: state, state)
-        return jax.tree.map(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer), state
+        return _each(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer, None), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -134,6 +134,18 @@ def apply_accumulated(params, state: AccumulateState):
         params = apply_accumulated(params, state)
     """
     return jax.lax.cond(state.count == 0, optax.apply_updates, lambda params, _: params, params, state.buffer)
+
+
+_KEPT = object()
+
+
+def _each(of, grads, buffer, frozen=_KEPT):
+    """of(g, s) of every leaf; where a gradient is None, `frozen`, or what is in the buffer."""
+
+    def one(g, s):
+        return (s if frozen is _KEPT else frozen) if g is None else of(g, s)
+
+    return jax.tree.map(one, grads, buffer, is_leaf=_tree.is_none)
 
 
 def _check_every(what: str, n) -> None:

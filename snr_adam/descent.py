@@ -56,7 +56,7 @@ class Decoupled:
 
 @dataclass(frozen=True)
 class TrustRatio:
-    """The same, each array's step scaled to the norm of its parameter."""
+    """The same, each array's step scaled to the norm of its parameter; inside of `jax.shard_map`, of its shard."""
 
     needs_params: ClassVar[bool] = True
 

@@ -9,7 +9,8 @@ its verdict enters the step as two scalars: whether to take it, and what to mult
 
 S is the sum for gradients cut off at +-2^56 = 7.2e16 (`_numerics.saturate`), as the step will see them, and summed in
 units of 2^8. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
-sum serves for both. The norm of gradients that are all under 2^-55 = 2.8e-17 is 0.
+sum serves for both. Gradients under 2^-55 = 2.8e-17 have squares that are 0 and count for nothing in the norm, so a
+`clip_norm` under 2.3e-13 is refused, and a norm of 0 is reported as under 2.8e-17.
 
 The verdict reaches the step of an optimizer of this package as an extra argument, through whatever forwards it: chains,
 `inject_hyperparams`, `observe`, wrappers of one's own. The step keeps its old moments, computes the update from what
@@ -148,7 +149,8 @@ def guard(
         every step, finite ones too, until its state's `holding` is set to False. None never gives up.
 
     Returns:
-      A transformation with state `GuardState`. `health(state, params)` puts it into words.
+      A transformation with state `GuardState`. `health(state, params)` puts it into words. Inside of `jax.shard_map`
+      norm and verdict are those of the device's shard: take the step outside of it.
 
     Raises:
       TypeError: if `tx` is no optimizer.
@@ -228,7 +230,8 @@ class Health(NamedTuple):
 
     def __str__(self) -> str:
         if not self.skipped:
-            return f"no step skipped; gradient norm {self.norm:.3g}"
+            norm = f"{self.norm:.3g}" if self.norm else "0 (no gradient so far, or all under 2.8e-17)"
+            return f"no step skipped; gradient norm {norm}"
         steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
         now = f" ({self.consecutive} in a row until now)" if self.consecutive else ""
         hold = "; HOLDING: no step is taken until the state's `holding` is set to False" if self.holding else ""

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from snr_adam._checks import check_fields, check_fields_and_eps
+from snr_adam._checks import check_fields
 from snr_adam._numerics import (
     Average,
     Decay,
@@ -163,7 +163,7 @@ class Infinity:
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
-    __post_init__ = check_fields_and_eps
+    __post_init__ = check_fields
 
     def init(self, p):
         return square_like(p)
@@ -176,7 +176,7 @@ class Infinity:
         return jnp.maximum(b2 * n, abs(g) + eps)
 
     def estimate(self, n, g, k, center):
-        return n
+        return n if not isinstance(k[1], float) or k[1] else jnp.maximum(n, float(jnp.finfo(n.dtype).tiny))
 
 
 @dataclass(frozen=True)

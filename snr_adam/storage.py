@@ -16,7 +16,8 @@ What was decoded encodes to the bits it came from, whatever the dither: so a ste
 Narrow formats are rounded *stochastically*: up with the probability that makes the mean right. A step changes v by a
 thousandth of its distance to g^2 (b2 = .999); rounding to the nearest of bfloat16's 8 bits drops every such change and
 v stands still at a wrong value, for ever. Rounded stochastically it arrives, with an error that averages out: the
-stored v then has a relative variance of about half a step of the format, whatever b2.
+stored v then has a relative variance of about half a step of the format, whatever b2. The random bits are a function of
+step, leaf and place in the array; inside of `jax.shard_map`, of the place in the shard: all shards round alike.
 
 Bits are moved with integer operations on whole 32-bit words. Every backend has those, and none may "simplify" them away
 as some do with a conversion to a narrow float and back.

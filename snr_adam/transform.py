@@ -173,7 +173,7 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         alphas, lambdas = per_leaf.at(t, outer, updates, params)
         seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
         numbers = functools.cache(lambda dtype: rule.at(t, dtype, unseen_zero(t, dtype)))
-        paths = [path for path, _ in _tree.named_leaves(updates)] if look is not None else [""] * len(leaves)
+        paths = _tree.keys(updates) if look is not None else [""] * len(leaves)
 
         def leaf(number, path, given, stored, p, alpha, decay):
             if given is None:
@@ -276,6 +276,8 @@ def descend(
 
     Returns:
       A transformation with state `ScaleBySnrState`; `update` needs `params` if there is weight decay or a trust ratio.
+      A leaf whose gradient is None rests, while the one count of all leaves goes on: thawed later it steps as after
+      gradients of 0, at first (1 - b1) / sqrt(1 - b2) = 3.2 learning rates; see docs/wrappers.md.
 
     Raises:
       ValueError, TypeError: as `scale_by_snr`, and if `params` is needed and missing.

@@ -68,6 +68,11 @@ def go_together(signal, noise) -> bool:
     return not (hasattr(noise, "misfit") and noise.misfit(signal))
 
 
+def signal_for(noise: str):
+    """The EMA, or the signal that this noise measures around."""
+    return SIGNALS["mean" if noise == "spread" else "ema"]
+
+
 STORAGES = {
     "float32": Full(),
     "bfloat16": Cast("bfloat16", "bfloat16"),

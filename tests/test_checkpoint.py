@@ -416,3 +416,24 @@ def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
     assert (tmp_path / "2.orbax-checkpoint-tmp").exists()  # a reader clears nothing away
     save_state(tmp_path, 2, SMALL)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    """The arrays of AdaMax's state lie as Adam's do; the manifest knows better, and says so before they are read."""
+    w = {"w": jnp.ones(3)}
+    state = {"opt": snr_adam.adamax(0.1).init(w)}
+    save_state(tmp_path, 1, state)
+    with pytest.raises(
+        ValueError, match=r"moments of EMA/Infinity .* `like` is of EMA/RMS: restore it with the optimizer"
+    ):
+        restore_state(tmp_path, {"opt": snr_adam.adam(0.1).init(w)})
+    assert restore_state(tmp_path, state)["opt"][0].made == "EMA/Infinity"
+
+
+def test_a_manifest_that_does_not_say_what_made_the_state_is_taken(tmp_path, monkeypatch):
+    """As those before it do not."""
+    w = {"w": jnp.ones(3)}
+    monkeypatch.setattr("snr_adam.state.files.marks", lambda state: [])
+    save_state(tmp_path, 1, snr_adam.adam(0.1).init(w))
+    monkeypatch.undo()
+    assert restore_state(tmp_path, snr_adam.adam(0.1).init(w))[0].made == "EMA/RMS"

@@ -140,7 +140,10 @@ HYPERPARAMETERS = {
     ),
     "eps zero in float16": (lambda: adam(1e-3, eps=np.float16(1e-8)), number("eps", "0.0", POSITIVE)),
     "eps zero in float16 of JAX": (lambda: adam(1e-3, eps=jnp.float16(1e-8)), number("eps", "0.0", POSITIVE)),
-    "eps zero where nothing else divides": (lambda: Infinity(eps=0.0), number("Infinity: eps", "0.0", POSITIVE)),
+    "eps zero where nothing else divides": (
+        lambda: step(scale_by_snr(noise=Infinity(eps=0.0)), jnp.zeros(2), jnp.zeros(2)),
+        lambda u: not np.any(u),
+    ),
     "eps zero in float32, with float64 on": (
         lambda: wide(lambda: step(adam(1e-3, eps=1e-50), jnp.ones(2, "float32"), jnp.ones(2, "float32"))),
         number("eps", "1e-50", "is 0 in float32"),
@@ -467,6 +470,10 @@ TREES = {
     "a count of observe in float32": (
         lambda: step(observe(A), state=observe(A).init(W)._replace(count=jnp.float32(3))),
         kind("count", "float32", "must be one int32"),
+    ),
+    "a gradient that observe had a parameter for": (
+        lambda: step(observe(A), {**G, "w": None}, W),
+        number("observe", "None: w", "optax.masked(observe(tx), mask)"),
     ),
     "a count of a remainder in float32": (
         lambda: step(CARRY, state=CARRY.init(W)._replace(count=jnp.float32(3))),
@@ -870,6 +877,14 @@ MISTAKES = {
         lambda: step(adamw(0.1, weight_decay=0.5), jax.tree.map(jnp.zeros_like, G))["w"],
         lambda u: np.allclose(u, -0.05 * W["w"]),
     ),
+    "layers whose names differ by what trackers do not take": (
+        lambda: layers_of({"net/~/linear": 1.0, "net/linear": 2.0, "net": {"linear": 3.0}}),
+        lambda found: sorted(found) == ["net/linear", "net/linear_2", "net/linear_3"] and len(set(found.values())) == 3,
+    ),
+    "a layer that has the name of another's number": (
+        lambda: layers_of({"net/linear_2": 1.0, "net/~/linear": 2.0, "net/linear": 3.0}),
+        lambda found: len(found) == 3,
+    ),
     "a mask that is a function": (
         lambda: step(adamw(0.1, weight_decay=9.0, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))["w"],
         lambda u: np.allclose(abs(u), 0.1),
@@ -879,6 +894,15 @@ MISTAKES = {
         lambda d: np.allclose(d, 0),
     ),
 }
+
+
+def layers_of(params):
+    """The signal of each layer by the name that trackers are given."""
+    tx, params = observe(A), jax.tree.map(jnp.float32, params)
+    state = jax.jit(tx.update)(params, tx.init(params), params)[1]
+    prefix = "snr/signal/"
+    found = snr_adam.metrics(state, layers=True)
+    return {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
 
 
 def used_twice():

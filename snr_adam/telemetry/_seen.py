@@ -19,10 +19,11 @@ from snr_adam.telemetry._averages import Last, Memory
 
 
 class Leaf(NamedTuple):
-    """An observed leaf: its number, its path, the axis it is sliced along (None: not), and its part of the vectors."""
+    """An observed leaf: its number, the key of its path, the axis it is sliced along (None: not), and its part of the
+    vectors."""
 
     number: int
-    path: str
+    key: str
     axis: int | None
     part: slice
 
@@ -40,15 +41,22 @@ def _layer_axis(rule, path: str, shape) -> int | None:
     return rule % len(shape)
 
 
-def observed_in(tree, found, rule) -> list[Leaf]:
-    """The leaves that have a first moment."""
-    leaves, start = [], 0
+def observed_in(tree, found, rule, columns: int | None = None) -> list[Leaf]:
+    """The leaves that have a first moment; as many as there are columns, where that is known."""
+    leaves, start, keys = [], 0, _tree.keys(tree)
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
-            leaves.append(Leaf(i, path, axis, slice(start, stop)))
+            leaves.append(Leaf(i, keys[i], axis, slice(start, stop)))
             start = stop
+    if columns not in (None, start):
+        none = [path for path, x in _tree.named_leaves(tree) if x is None]
+        raise ValueError(
+            f"observe: the gradients have {start} layers with a first moment, the state has {columns} (gradients that "
+            f"are None: {', '.join(none) or 'none'}). A frozen parameter is None when `init` is called too, or masked: "
+            "optax.masked(observe(tx), mask)"
+        )
     return leaves
 
 

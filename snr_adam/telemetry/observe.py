@@ -201,13 +201,13 @@ def observe(
         """What there is to ask of each observed leaf."""
         before: list[Any] = find(state.inner, outer, leaves)
         after: list[Any] = find(inner, outer, leaves)
-        observed = observed_in(updates, after, layer_axis)
+        observed = observed_in(updates, after, layer_axis, state.axis.shape[0])
         here = {id(x) for x in jax.tree.leaves(inner)}
         us = outer.flatten_up_to(out)
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
         def seen(leaf: Leaf):
-            found = look.seen.get(leaf.path)
+            found = look.seen.get(leaf.key)
             # what was noted in a branch or a loop cannot be used outside of it, and is not in the state that came out
             if found and all(id(x) in here for x in jax.tree.leaves(found.new)):
                 return found
