@@ -29,7 +29,7 @@ from snr_adam.shared import Shared, SharedNoise
 from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
 
-_NOT_SHARED = ("Maximum", "Infinity", "Deviation", "Spread", "Unit")
+_NOT_SHARED = ("Infinity", "Spread")  # of those that keep one array; others are told from its form
 
 
 class Candidate(NamedTuple):
@@ -182,11 +182,6 @@ def _only(state) -> ScaleBySnrState:
 def _second_moments(state: ScaleBySnrState):
     if isinstance(state.nu, SharedNoise):
         raise ValueError("the noise of this state is shared already")
-    if state.made and state.made.rpartition("/")[2] in _NOT_SHARED:
-        raise ValueError(
-            f"sharing needs a noise that is a mean of squares: this state is one of {state.made} (signal/noise), which "
-            "`Shared` refuses too"
-        )
     if isinstance(state.nu, InOwnForm):
         raise ValueError(
             "the moments of this state rest in the form of a storage that this package does not know (its nu is "
@@ -196,5 +191,10 @@ def _second_moments(state: ScaleBySnrState):
         raise ValueError(
             "sharing needs a noise that keeps one array per parameter, apart from the signal: this state's nu is "
             f"{type(state.nu).__name__}. Storage 'packed' and optimizers such as amsgrad cannot share"
+        )
+    if state.made and state.made.rpartition("/")[2] in _NOT_SHARED:
+        raise ValueError(
+            f"sharing needs a noise that is a mean of squares: this state is one of {state.made} (signal/noise), which "
+            "`Shared` refuses too"
         )
     return state.nu
