@@ -122,17 +122,18 @@ class Spread:
             1.0 - a,
             jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0),
             value_at(self.eps, t, dtype, "eps"),
+            a,
         )
 
     def update(self, s, g, k, center):
-        keep, weight, _ = k
+        keep, weight, *_ = k
         return keep * s + weight * abs_sq(g - center)
 
     def estimate(self, s, g, k, center):
         return root(s + abs_sq(center), k[2])
 
     def average(self, k):
-        return Average(1.0 - k[0], 1.0 - k[0], 1.0)
+        return Average(k[3], k[3], 1.0)  # no arithmetic: asked of a step in a branch, of which only constants are known
 
     def second(self, s, center):
         return s + abs_sq(center)

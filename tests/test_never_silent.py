@@ -863,6 +863,10 @@ COMPOSITION = {
         )
         for name, wrap in BRANCHES.items()
     },
+    "observe around a branch with a spread": (
+        lambda: step(observe(optax.apply_if_finite(snr_adam.centered_adam(0.1), 3)))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
     "no guard in the state": (lambda: snr_adam.health(A.init(W), W), number("GuardState", "found 0", "pass the guard")),
     "two guards in the state": (
         lambda: snr_adam.health(optax.chain(guard(A), guard(A)).init(W), W),
