@@ -10,6 +10,7 @@ numbers, for which `check_hyperparams` is there. The dtype in use is float32, or
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import numbers
@@ -77,10 +78,21 @@ def check_value(name: str, schedule, value, dtype) -> None:
         raise ValueError(f"{what} is {value}: must be {allowed.words}")
 
 
-def check_eps(eps: float, dtype) -> None:
-    """An eps that is not 0 is not 0 in the dtype of the arithmetic either."""
-    if not _NOT_LOST.holds(eps, jnp.finfo(dtype)):
-        raise ValueError(f"eps={eps} is 0 in {jnp.dtype(dtype).name}, in which the step is computed: give a larger one")
+def in_range(name: str, hyper, dtype=None):
+    """A hyper-parameter of that name; of a schedule one whose values are checked for their range."""
+    if callable(hyper):
+        return functools.wraps(hyper)(lambda count: _checked(name, hyper, hyper(count), dtype))
+    known = name == "eps" and isinstance(hyper, (int, float, np.generic))
+    if known and dtype == np.float32 and not _NOT_LOST.holds(float(hyper), jnp.finfo(dtype)):
+        raise ValueError(
+            f"eps={hyper} is 0 in {jnp.dtype(dtype).name}, in which the step is computed: give a larger one"
+        )
+    return hyper
+
+
+def _checked(name: str, schedule, value, dtype):
+    check_value(name, schedule, value, dtype)
+    return value
 
 
 def check_fit(owner: str, signal, noise) -> None:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam._checks import check_eps, check_value
+from snr_adam._checks import check_value, in_range
 from snr_adam._derivatives import expm1, log_of, sqrt, within
 
 Scalar = float | jax.Array
@@ -61,17 +61,20 @@ def _full_like(p, initial: Scalar, dtype) -> jax.Array:
     return jnp.array(full, copy=True) if isinstance(initial, jax.Array) else full
 
 
-def value_at(hyper: Hyper, t: jax.Array, dtype=None, name: str = "alpha") -> Any:
+def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
     """The value of a hyper-parameter at step t = 1, 2, ...: a Python float if it is known now, else an array (of
-    `dtype`). `name` tells in which range it must be."""
+    `dtype`)."""
     if callable(hyper):
         schedule, hyper = hyper, hyper(t - 1)
-        check_value(name, schedule, hyper, dtype)
+        check_value("alpha", schedule, hyper, dtype)
     if isinstance(hyper, (int, float, np.generic, np.ndarray)):
-        if name == "eps" and dtype is not None:
-            check_eps(float(hyper), dtype)
         return float(hyper)
     return jnp.asarray(hyper, dtype)
+
+
+def eps_at(eps: Hyper, t: jax.Array, dtype) -> Any:
+    """The value of an eps."""
+    return value_at(in_range("eps", eps, dtype), t, dtype)
 
 
 class Decay(NamedTuple):
@@ -84,7 +87,7 @@ class Decay(NamedTuple):
 
 def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     """The numbers of a moving average at step t >= 1, accurate for b arbitrarily close to 1."""
-    now = value_at(b, t, dtype, "b")
+    now = value_at(in_range("b", b, dtype), t, dtype)
     gain = 1.0 - now  # exact for arrays in [1/2, 1], so that log1p sees the same b as the gain does
     log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else log_of(now, gain)
     return Decay(gain, -1.0 / expm1(t.astype(dtype) * log_b), log_b)

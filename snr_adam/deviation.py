@@ -18,12 +18,12 @@ from snr_adam._numerics import (
     Scalar,
     abs_sq,
     decay_at,
+    eps_at,
     lerp,
     moment_like,
     root,
     square_like,
     square_onto,
-    value_at,
 )
 from snr_adam._tree import exportable
 from snr_adam.noise import Squares
@@ -80,7 +80,7 @@ class Deviation:
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
 
     def at(self, t, dtype):
-        return decay_at(self.decay, t, dtype), value_at(self.eps, t, dtype, "eps")
+        return decay_at(self.decay, t, dtype), eps_at(self.eps, t, dtype)
 
     def update(self, state, g, k, center):
         gain = k[0].gain
@@ -121,7 +121,7 @@ class Spread:
         return (
             1.0 - a,
             jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0),
-            value_at(self.eps, t, dtype, "eps"),
+            eps_at(self.eps, t, dtype),
             a,
         )
 

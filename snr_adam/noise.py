@@ -40,6 +40,7 @@ from snr_adam._numerics import (
     Scalar,
     abs_sq,
     decay_at,
+    eps_at,
     length,
     lerp,
     root,
@@ -77,7 +78,7 @@ class _Numbers(NamedTuple):
 
 
 def numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
-    return _Numbers(decay_at(b2, t, dtype), value_at(eps, t, dtype, "eps"), value_at(eps_root, t, dtype))
+    return _Numbers(decay_at(b2, t, dtype), eps_at(eps, t, dtype), value_at(eps_root, t, dtype))
 
 
 def _root(v, k: _Numbers, debias: bool = True):
@@ -169,7 +170,7 @@ class Infinity:
         return square_like(p)
 
     def at(self, t, dtype):
-        return 1.0 - decay_at(self.b2, t, dtype).gain, value_at(self.eps, t, dtype, "eps")
+        return 1.0 - decay_at(self.b2, t, dtype).gain, eps_at(self.eps, t, dtype)
 
     def update(self, n, g, k, center):
         b2, eps = k
@@ -206,8 +207,7 @@ class _Rectifier(NamedTuple):
 
 @dataclass(frozen=True)
 class Rectified:
-    """RMS divided by r_t, the rectification of its own variance; 1 as long as that variance is infinite (rho_t <
-    threshold)."""
+    """RMS divided by r_t, the rectification of its own variance; 1 while that is infinite (rho_t < threshold)."""
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-8
@@ -271,7 +271,7 @@ class Previous:
         # not 0 at first, which makes 0 / 0 where g is 0; inverted here, because a division by a scalar is compiled as a
         # product with its inverse, but not for leaves of one element
         inverse_clip = None if clip is None else 1.0 / jnp.where(first, 1.0, clip)
-        return _Before(gain, value_at(self.eps, t, dtype, "eps"), inverse_clip, first)
+        return _Before(gain, eps_at(self.eps, t, dtype), inverse_clip, first)
 
     def update(self, v, g, k: _Before, center):
         return lerp(v, square_onto(v, g), k.gain)

@@ -16,7 +16,7 @@ import optax
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._bits import random_bits, seeds_at
-from snr_adam._checks import check_arguments, check_fit, check_part, is_mask
+from snr_adam._checks import check_arguments, check_fit, check_part, in_range, is_mask
 from snr_adam._compiler import unseen_zero, with_moments
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
@@ -109,7 +109,7 @@ class _PerLeaf(NamedTuple):
         """alpha and lambda of every leaf."""
 
         def resolve(hyper, name):
-            return jax.tree.map(lambda h: value_at(h, t, name=name), hyper, is_leaf=_tree.is_none)
+            return jax.tree.map(lambda h: value_at(in_range(name, h), t), hyper, is_leaf=_tree.is_none)
 
         if self.alpha is None:
             return [None] * outer.num_leaves, [0.0] * outer.num_leaves
