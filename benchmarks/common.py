@@ -17,10 +17,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = [
     *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "amsgrad", "adabelief", "yogi", "radam"),
     *("rmsprop", "lion", "adopt", "ademamix", "lamb", "centered_adam"),
+    *("stable_adamw", "cautious_adamw", "adamc", "adam_atan2", "laprop", "adams", "bcos", "mars", "adamh", "msvag"),
 ]
 
 

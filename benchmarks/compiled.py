@@ -94,7 +94,9 @@ def _steps() -> dict[str, Step]:
 
 MAIN = _steps()
 OTHERS = {preset: Step(f"{preset}(1e-3)", preset) for preset in PRESETS if preset != "adamw"} | {
-    "lamb": Step("lamb(1e-3)", "lamb", "ps"),  # the norm of the update comes before the update
+    # what is a sum over the whole comes before the update
+    **{name: Step(f"{name}(1e-3)", name, "ps") for name in ("lamb", "adamh")},
+    **{name: Step(f"{name}(1e-3)", name, "gs") for name in ("stable_adamw", "cautious_adamw", "mars")},
     "carry_remainder 16": Step("carry_remainder(adamw(1e-3, storage='packed'), '16')", "carry_remainder 16"),
     "carry_remainder 8": Step("carry_remainder(adamw(1e-3, storage='packed'), '8')", "carry_remainder 8"),
     "accumulate": Step("accumulate(adamw(1e-3), 4)", "accumulate"),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import PRESETS, serve
+from common import PRESETS, ROOT, serve
 from kernels import launches
 from trees import tree_shapes
 
@@ -46,6 +46,8 @@ OPTIMIZERS = {
         for s in ("float32", "packed")
         for n in (1, 10)
     },
+    "observe optax.adamw": lambda: snr_adam.observe(optax.adamw(1e-3, **HYPER)),
+    "observe guard packed": lambda: snr_adam.observe(snr_adam.guard(adamw("packed"), clip_norm=1.0)),
     **{f"snr_adam.{preset}": lambda p=preset: getattr(snr_adam, p)(1e-3) for preset in PRESETS},
 }
 
@@ -63,6 +65,22 @@ def company(leaves: int) -> list:
     return [jnp.ones(8) for _ in range(20)] if leaves < 20 and jax.default_backend() == "cpu" else []
 
 
+def draw(shapes, dtype: str, by: float) -> dict:
+    """Numbers about that large: many arrays by NumPy, which need not compile for each shape; few, which may be huge,
+    by the device, in one kernel without temporaries."""
+    if len(shapes) > 4:
+        rng = np.random.default_rng(0)
+        normal = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        return {str(i): jnp.asarray(x * np.float32(by), dtype) for i, x in enumerate(normal)}
+
+    @jax.jit
+    def waves():
+        places = [jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) for shape in shapes]
+        return {str(i): (by * jnp.sin(x * jnp.float32(0.7))).astype(dtype) for i, x in enumerate(places)}
+
+    return waves()
+
+
 class Step:
     """A contender in JAX: `build` traces, lowers, compiles and takes a first step; then `run` takes n."""
 
@@ -70,13 +88,7 @@ class Step:
         self.tx = OPTIMIZERS[name.removesuffix(WIDE)]()
         self.options = {"xla_cpu_prefer_vector_width": 512} if name.endswith(WIDE) else {}
         self.count = sum(map(math.prod, shapes))
-        rng = np.random.default_rng(0)
-
-        def draw(by):  # by NumPy: nothing to compile for many shapes
-            normal = (rng.standard_normal(shape, np.float32) for shape in shapes)
-            return {str(i): jnp.asarray(x * np.float32(by), dtype) for i, x in enumerate(normal)}
-
-        self.params, self.grads = draw(0.1), draw(0.01)
+        self.params, self.grads = (draw(shapes, dtype, by) for by in (0.1, 0.01))
         self.others = company(len(shapes))
         self.state = self.tx.init(self.params)
 
@@ -107,14 +119,67 @@ class Step:
 
     def facts(self) -> dict:
         state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state))
+        memory = self.compiled.memory_analysis()
         facts = {
             "bytes_moved": self.compiled.cost_analysis()["bytes accessed"] / self.count,
-            "bytes_temporary": self.compiled.memory_analysis().temp_size_in_bytes / self.count,
+            "bytes_temporary": memory.temp_size_in_bytes / self.count,
             "bytes_state": state / self.count,
+            "bytes_peak": (
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+                + memory.temp_size_in_bytes
+            )
+            / self.count,
         }
         if jax.default_backend() != "cpu":
             facts["launches"] = launches(self.compiled.as_text())
         return facts
+
+
+class Train(Step):
+    """A whole training step of the transformer of `examples/char_lm.py`, forward, backward and update.
+
+    size: "WIDTHxLAYERS", 1024x8 has 1.0e8 parameters. Matrices are multiplied as the device does by default.
+    """
+
+    def __init__(self, name: str, size: str, dtype: str):
+        sys.path.insert(0, str(ROOT / "examples"))
+        import char_lm
+        from flax import nnx
+
+        self.tx, self.options, self.others = OPTIMIZERS[name](), {}, []
+        width, layers = map(int, size.split("x"))
+        size = char_lm.Size(width, context=256, batch=32, layers=layers)
+        graph, self.params = nnx.split(nnx.eval_shape(lambda: char_lm.Transformer(size, nnx.Rngs(0))))
+        leaves, tree = jax.tree.flatten(self.params)
+        self.params = jax.tree.unflatten(tree, draw([x.shape for x in leaves], dtype, 0.02).values())
+        self.count = sum(x.size for x in leaves)
+        text = np.random.default_rng(0).integers(256, size=(size.batch, size.context + 1))
+        self.text = jnp.asarray(text, jnp.uint8)
+        self.state = self.tx.init(self.params)
+
+        def loss(params, text):
+            logits = nnx.merge(graph, params)(text[:, :-1]).astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:].astype(jnp.int32)).mean()
+
+        def step(params, state, text):
+            updates, state = self.tx.update(jax.grad(loss)(params, text), state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+
+    def build(self) -> dict:
+        start = time.perf_counter()
+        self.compiled = self.step.lower(self.params, self.state, self.text).compile()
+        took = time.perf_counter() - start
+        self.run(1)
+        return {"compile_s": took} | self.facts()
+
+    def run(self, n: int) -> None:
+        for _ in range(n):
+            self.params, self.state = self.compiled(self.params, self.state, self.text)
+        jax.block_until_ready((self.params, self.state))
 
 
 class Copy(Step):
@@ -139,12 +204,12 @@ class Copy(Step):
 
 
 class Torch:
-    """torch.optim.AdamW(fused=True), whose moments have the parameters' dtype, where JAX's default device is."""
+    """torch.optim.AdamW(fused=True), whose moments have the parameters' dtype, on a GPU where there is one."""
 
     def __init__(self, shapes, dtype: str):
         import torch
 
-        self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # JAX is not asked: it would take memory there
         kind = {"dtype": getattr(torch, dtype), "device": self.device}
         self.params = [torch.nn.Parameter(torch.empty(shape, **kind).normal_(std=0.1)) for shape in shapes]
         for p in self.params:
@@ -167,11 +232,14 @@ def work(name: str, tree: str, dtype: str) -> None:
     """A contender's process: asked to "build" it does and says what came of it; asked for n steps, the seconds."""
 
     def set_up():
+        if name.startswith("train "):
+            return respond_with(Train(name.removeprefix("train "), tree, dtype))
         shapes, kind = tree_shapes(tree), name.removesuffix(", flat")
         shapes = [(math.prod(shape),) for shape in shapes] if kind != name else shapes
         others = {"copy": Copy, "torch.AdamW fused": Torch}
-        contender = others[kind](shapes, dtype) if kind in others else Step(kind, shapes, dtype)
+        return respond_with(others[kind](shapes, dtype) if kind in others else Step(kind, shapes, dtype))
 
+    def respond_with(contender):
         def respond(question: str):
             if question == "build":
                 return contender.build()

@@ -22,6 +22,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from common import PRESETS, RESULTS, Worker, markdown, save, take_turns
 from trees import tree_shapes
 
@@ -83,7 +84,7 @@ COLUMNS = {
     **dict.fromkeys(("ms", "ns_per_parameter"), ".3g"),
     "ratio": ".3f",
     "against": "",
-    **dict.fromkeys(("bytes_moved", "bytes_state", "bytes_temporary"), ".1f"),
+    **dict.fromkeys(("bytes_moved", "bytes_state", "bytes_temporary", "bytes_peak"), ".1f"),
     **dict.fromkeys(("of_copy", "trace_s", "lower_s", "compile_s", "first_step_s"), ".2f"),
     "launches": "d",
     "error": "",
@@ -91,27 +92,46 @@ COLUMNS = {
 
 
 def fit_together(number: int, count: int, dtype: str) -> bool:
-    """Whether so many contenders have room at once: parameter, gradient and moments each, and Python's own."""
-    needed = number * (count * (16 if dtype == "float32" else 12) + 3e8)
-    return needed < 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    """Whether so many contenders have room at once: parameter, gradient and moments each, and a process's own.
+
+    The room is the host's, or the accelerator's where JAX's default device is one (whose process takes 0.6 GB there).
+    """
+    needed = number * (count * (16 if dtype == "float32" else 12) + 6e8)
+    stats = jax.devices()[0].memory_stats()
+    room = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return needed < 0.9 * room
 
 
-def measure(table: Table, tree: str, dtype: str, builds: int = 1, together: bool = True) -> list[dict]:
-    """All contenders in one run; where they have no room together, each with its base alone."""
-    count = sum(map(math.prod, tree_shapes(tree)))
+def parameters(table: Table, tree: str) -> int:
+    """How many; of the transformers that are trained, about."""
+    if next(iter(table.contenders)).startswith("train "):
+        width, layers = map(int, tree.split("x"))
+        return 12 * layers * width * width
+    return sum(map(math.prod, tree_shapes(tree)))
+
+
+def measure(table: Table, tree: str, dtype: str, builds: int = 1) -> list[dict]:
+    """All contenders in one run; where they have no room together, in as few groups as can be, each with its bases."""
+    count = parameters(table, tree)
     names = list(table.contenders)
-    if len(names) > 2 and not (together and fit_together(len(names), count, dtype)):
-        pairs = [dict.fromkeys((base, name), base) for name, base in table.contenders.items() if name != base]
-        rows = [row for pair in pairs for row in measure(table._replace(contenders=pair), tree, dtype, builds)]
+    room = next((n for n in range(len(names), 2, -1) if fit_together(n, count, dtype)), 2)
+    if room < len(names):
+        rows: list[dict] = []
+        for base in dict.fromkeys(table.contenders.values()):
+            others = [name for name, its in table.contenders.items() if its == base != name]
+            for start in range(0, len(others), room - 1):
+                group = others[start : start + room - 1]
+                rows += measure(table._replace(contenders=dict.fromkeys((base, *group), base)), tree, dtype, builds)
         first = {row["contender"]: row for row in reversed(rows)}
         return [first[name] for name in names]
     arguments = [[CONTENDERS, name, tree, dtype] for name in names]
-    workers = {name: Worker(a) for name, a in zip(names, arguments, strict=True)}  # they set up side by side
+    share = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / len(names):.3f}"}  # of an accelerator's memory
+    workers = {name: Worker(a, env=share) for name, a in zip(names, arguments, strict=True)}  # they set up side by side
     said = {name: [worker.answer()] for name, worker in workers.items()}
     able = {name: worker for name, worker in workers.items() if "error" not in said[name][0]}
     said |= take_turns(able, "build", builds)
     able = {name: worker for name, worker in able.items() if "error" not in said[name][0]}
-    steps = table.steps or max(4, min(2000, int(7e7 / count)))
+    steps = table.steps or max(4, min(2000, int((7e7 if jax.default_backend() == "cpu" else 4e10) / count)))
     times = take_turns(able, str(steps), table.rounds)
     for worker in workers.values():
         worker.close()

@@ -8,7 +8,9 @@ the descent does with their ratio.
 
     train      adam, adamw, nadam, nadamw, adamax, adamaxw, amsgrad, adabelief, yogi, radam, rmsprop, lion, adopt,
                ademamix, lamb, centered_adam: the arguments of their namesakes in Optax, and storage=
-    build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain
+               adam_atan2, adamc, adamh, adams, bcos, cautious_adamw, laprop, mars, msvag, stable_adamw: Optax has none
+    build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain; scale_by_adam: the
+               former from Adam's numbers
     protect    guard, health: skip steps that are not finite, clip the others; check_hyperparams: traced numbers too
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
@@ -37,12 +39,25 @@ from snr_adam.optimizers import (
     nadamw,
     radam,
     rmsprop,
+    scale_by_adam,
     yogi,
 )
 from snr_adam.precision import carry_remainder
 from snr_adam.state import from_optax, to_optax
 from snr_adam.telemetry import History, metrics, observe, report
 from snr_adam.transform import descend, scale_by_snr
+from snr_adam.variants import (
+    adam_atan2,
+    adamc,
+    adamh,
+    adams,
+    bcos,
+    cautious_adamw,
+    laprop,
+    mars,
+    msvag,
+    stable_adamw,
+)
 
 __version__ = "0.1.0"
 
@@ -51,13 +66,19 @@ __all__ = [
     "accumulate",
     "adabelief",
     "adam",
+    "adam_atan2",
     "adamax",
     "adamaxw",
+    "adamc",
+    "adamh",
+    "adams",
     "adamw",
     "ademamix",
     "adopt",
     "amsgrad",
+    "bcos",
     "carry_remainder",
+    "cautious_adamw",
     "centered_adam",
     "check_hyperparams",
     "descend",
@@ -65,15 +86,20 @@ __all__ = [
     "guard",
     "health",
     "lamb",
+    "laprop",
     "lion",
+    "mars",
     "metrics",
+    "msvag",
     "nadam",
     "nadamw",
     "observe",
     "radam",
     "report",
     "rmsprop",
+    "scale_by_adam",
     "scale_by_snr",
+    "stable_adamw",
     "to_optax",
     "yogi",
 ]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._compiler import hidden
+from snr_adam._tree import check_sizes
 
 
 def mix(x):
@@ -40,6 +41,7 @@ def seeds_at(count, arrays: int) -> list[Seed]:
 
 def element_index(shape: tuple[int, ...]) -> jax.Array:
     """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
+    check_sizes("stochastic rounding numbers the elements of an array, whose sizes must be known", shape, 1)
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -59,13 +61,17 @@ def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of one shape
 def _hash(shape: tuple[int, ...], before: jax.Array, between: jax.Array) -> jax.Array:
-    """A hash of every element's place.
+    return hashed(element_index(shape), before, between)
+
+
+def hashed(index: jax.Array, before: jax.Array, between: jax.Array) -> jax.Array:
+    """A hash of an index.
 
     The seed enters twice, before and between the two rounds, so that no two seeds use shifted copies of one sequence.
     The second round is RC6's bijection x (2x + 1) (Rivest et al. 1998): being quadratic it does with one product what
     takes two products by constants, as the chi-square tests show.
     """
-    x = (element_index(shape) ^ before) * np.uint32(0x9E3779B1)
+    x = (index ^ before) * np.uint32(0x9E3779B1)
     x = x ^ (x >> 16) ^ between
     x = x * (x + x + np.uint32(1))
     return x ^ (x >> 16)

@@ -11,14 +11,16 @@ numbers, for which `check_hyperparams` is there. The dtype in use is float32, or
 
 import dataclasses
 import functools
-import inspect
 import math
 import numbers
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import checkify
 
 
@@ -48,16 +50,26 @@ _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
 
-_PLAIN = ("learning_rate", "weight_decay", "eps_root", "alpha", "initial", "initial_scale", "clip", "clip_value_fn")
+_PLAIN = (
+    "learning_rate",
+    "weight_decay",
+    "eps_root",
+    "alpha",
+    "gamma",
+    "initial",
+    "initial_scale",
+    "clip",
+    "clip_value_fn",
+)
 RANGES = {
     **dict.fromkeys(_PLAIN, _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "b3", "b", "decay", "momentum"), _DECAY),
-    "eps": _POSITIVE,
+    **dict.fromkeys(("eps", "peak", "height", "width"), _POSITIVE),
     "clip_norm": _MEASURED,
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
-_NONE = {"momentum", "clip", "clip_norm"}  # None is a value of these
+_NONE = {"momentum", "clip", "clip_norm", "peak"}  # None is a value of these
 
 
 def check_fields(self) -> None:
@@ -95,13 +107,6 @@ def _checked(name: str, schedule, value, dtype):
     return value
 
 
-def check_fit(owner: str, signal, noise) -> None:
-    """Raises ValueError where a noise says that it does not go with this signal, by its method `misfit(signal)`."""
-    misfit = getattr(noise, "misfit", None)
-    if misfit and (fault := misfit(signal)):
-        raise ValueError(f"{owner}: noise={noise!r} does not go with signal={signal!r}: {fault}")
-
-
 def is_mask(on) -> bool:
     """Whether `on` says yes or no: a bool, an array of them, or the None of a frozen parameter."""
     dtype = getattr(on, "dtype", None)
@@ -112,8 +117,10 @@ def check_arguments(owner: str, arguments: dict) -> None:
     """The arguments of a preset are in their ranges, and in their places."""
     _check_order(owner, arguments)
     for name, value in arguments.items():
-        if name == "learning_rate":
-            _check_tree(f"{owner}: {name}", value)
+        if name in ("learning_rate", "weight_decay"):
+            _check_tree(f"{owner}: {name}", value, name)
+        elif name == "mask":
+            check_mask(owner, value)
         elif name in RANGES:
             _check(f"{owner}: {name}", value, RANGES[name], name)
 
@@ -152,44 +159,68 @@ def check_hyperparams(**hyperparams) -> None:
             _check(name, value, RANGES[name], name)
 
 
-def check_part(owner: str, name: str, part, kind, example: str) -> None:
-    """Raises TypeError unless `part` has what a part of this kind (a Protocol) has."""
-    fault = fault_of(part, kind)
-    if fault:
-        order = ", and the signal before the noise" if name in ("signal", "noise") and hasattr(part, "update") else ""
-        instead = "" if isinstance(part, type) else f": give a part such as {example}, from snr_adam.parts{order}"
-        raise TypeError(f"{owner}: {name}={part!r} {fault}{instead}")
+def check_optimizer(owner: str, tx):
+    """`tx`, ready for extra arguments; raises TypeError unless it is an optimizer."""
+    if isinstance(tx, optax.GradientTransformation):
+        return optax.with_extra_args_support(tx)
+    instead = f"write {owner}(snr_adam.adamw(1e-3))"
+    if hasattr(tx, "gradient_transformation"):
+        instead = f"write {owner}(tx.gradient_transformation())"
+    elif callable(tx):
+        instead = f"call it first, {owner}({getattr(tx, '__name__', 'make')}(1e-3))"
+    raise TypeError(f"{owner}: tx={tx!r:.80} is of type {type(tx).__name__}, no optimizer: {instead}")
 
 
-def fault_of(part, kind) -> str | None:
-    """What `part` lacks of a part of this kind (a Protocol): a method, a field, or an argument of a method.
-
-    Signals and noises have methods of the same names; what tells them apart is how many arguments `update` takes.
-    """
-    a, members = f"a {kind.__name__.lower()}", {name: x for name, x in vars(kind).items() if not name.startswith("_")}
-    methods = {name: x for name, x in members.items() if inspect.isfunction(x)}
-    fields = [name for name, x in members.items() if isinstance(x, property)]
-    if isinstance(part, type):
-        return f"is a class: write {part.__name__}()"
-    lacks = [name for name in (*methods, *fields) if not hasattr(part, name)]
-    if len(lacks) == len(methods) + len(fields) or isinstance(part, (str, bytes, int, float)):
-        return f"is of type {type(part).__name__}, not {a}"
-    if lacks:
-        return f"lacks {' and '.join(map(repr, lacks))}, which {a} has"
-    for name, method in methods.items():
-        takes = list(inspect.signature(method).parameters)[1:]
-        try:
-            inspect.signature(getattr(part, name)).bind(*takes)
-        except (TypeError, ValueError):
-            return f"is not {a}, whose {name!r} takes ({', '.join(takes)})"
-    return None
+def check_whole(what: str, value, least: int = 1, words: str = "") -> int:
+    """A whole number, of Python or NumPy, of at least so much."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+    if not whole or value < least:
+        raise ValueError(f"{what}={value!r}: must be an int >= {least}{words}")
+    return int(value)
 
 
-def _check_tree(what: str, tree) -> None:
-    """A learning rate may be a tree: every leaf is a number."""
+def check_pattern(what: str, pattern) -> re.Pattern:
+    """A regular expression, compiled."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{what}: the pattern {pattern!r} is no regular expression ({error}): to find a name as it is, write "
+            "re.escape(name)"
+        ) from error
+
+
+def check_layer_axis(owner: str, rule) -> None:
+    """Which axis stacks layers: an int, a dict from patterns to ints, or None."""
+    by_pattern = isinstance(rule, Mapping)
+    for pattern, axis in rule.items() if by_pattern else ((None, rule),):
+        if by_pattern:
+            check_pattern(f"{owner}: layer_axis", pattern)
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, numbers.Integral)):
+            raise TypeError(
+                f"{owner}: layer_axis={rule!r}: must be an int, a dict from patterns to ints, or None where no axis "
+                "stacks layers"
+            )
+
+
+def check_mask(owner: str, mask) -> None:
+    """A mask is None, a function, or a tree of truth values."""
+    if mask is None or callable(mask):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask, is_leaf=lambda x: x is None):
+        if not is_mask(leaf):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{owner}: mask{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
+                "tree of True and False that is a prefix of the parameters, or a function from them to one"
+            )
+
+
+def _check_tree(what: str, tree, name: str) -> None:
+    """A learning rate or a weight decay may be a tree: every leaf is a number."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None):
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        _check(f"{what} at {where}" if where else what, leaf, RANGES["learning_rate"], "learning_rate")
+        _check(f"{what} at {where}" if where else what, leaf, RANGES[name], name)
 
 
 def _check(what: str, value, allowed: Range, name: str) -> None:

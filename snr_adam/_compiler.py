@@ -82,7 +82,8 @@ def beside(x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
     """x at step t, bit for bit, made in the kernel that makes y of the same shape; for TPU.
 
     XLA for TPU makes one kernel of several results where one of them needs the others. A sum that needs the moments
-    alone gets a kernel of its own, and so does a moment that the update does not need: what both read is read twice.
+    alone gets a kernel of its own, with the sums of other leaves of its shape, and so does a moment that the update
+    does not need: what both read is read twice.
     """
     return after(x, not_yet(t) & jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.uint32))
 

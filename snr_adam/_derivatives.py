@@ -41,6 +41,20 @@ def _(given, change):
 
 
 @jax.custom_jvp
+def arctan2(y, x):
+    """arctan2(y, x), not both 0, whose derivative is right also where the squares that it divides by are lost."""
+    return jnp.arctan2(y, x)
+
+
+@arctan2.defjvp
+def _(given, change):
+    (y, x), (dy, dx) = given, change
+    size = jnp.maximum(abs(y), abs(x))
+    a, b = y / size, x / size
+    return arctan2(y, x), (b * dy - a * dx) / size / (a * a + b * b)
+
+
+@jax.custom_jvp
 def with_derivative_of(x, like):
     """x, which is `like` rounded, with the derivative of `like`: that of rounding itself is 0 (straight-through)."""
     del like

@@ -20,7 +20,8 @@ class Seen(NamedTuple):
 
     rule: what the step was; source, is_raw, gate: what makes the gradient; old, new: the moments at rest before and
     after; numbers: of this step; dtype, wide: the real dtype of the arithmetic, and that of the gradient; t: the step's
-    number; alpha, decay: learning rate and weight decay, None and 0.0 of a step that only divides.
+    number; alpha, decay, descent: learning rate, weight decay and what is done with them; alpha is None of a step that
+    only divides.
     """
 
     rule: Any
@@ -35,20 +36,26 @@ class Seen(NamedTuple):
     t: Any
     alpha: Any
     decay: Any
+    descent: Any
 
     @property
     def ok(self):
         """Whether the step was taken."""
         return self.gate.ok
 
+    def given(self):
+        """The gradient that the step was made of."""
+        return self.gate.gradient(self.source.astype(self.wide), self.is_raw)
+
     def gradient(self):
         """The gradient as the moments saw it."""
-        return self.gate.gradient(self.source.astype(self.wide), self.is_raw)
+        return self.rule.seen(self.given(), self.old, self.numbers, self.dtype)
 
     def kind(self) -> tuple:
         """What two arrays of one step have in common if their sums may be taken together."""
         shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((self.source, self.old, self.new))]
-        return id(self.rule), self.is_raw, id(self.gate), str(self.dtype), *shapes
+        alone = id(self.source) if self.rule.corrects else None  # a norm of one array is not that of several
+        return id(self.rule), alone, self.is_raw, id(self.gate), str(self.dtype), *shapes
 
     def stacked(self, others: "list[Seen]") -> "Seen":
         """Several arrays of one kind as one, along a new first axis."""
@@ -93,14 +100,14 @@ class Seen(NamedTuple):
         """The signal's first moment after the step, and the square of the noise (up to its `Average`'s correction)."""
         mu, nu = self.rule.storage.decode(*self.new, self.dtype)
         if self.second:
-            return center(mu), self.rule.noise.second(nu, center(mu))
-        noise = self.rule.noise.estimate(nu, self.gradient(), self.numbers.noise, center(mu))
+            return center(mu), self.rule.noise.second(nu, self.rule.center(mu, self.numbers))
+        noise = self.rule.noise.estimate(nu, self.gradient(), self.numbers.noise, self.rule.center(mu, self.numbers))
         return center(mu), None if self.noise == "none" else noise * noise
 
     def update(self, p):
         """The update, made again from the moments after the step; of a step that only divides, the ratio."""
-        ratio = self.rule.ratio(self.gradient(), self.old, self.new, self.numbers, self.dtype)
-        return ratio.value if self.alpha is None else self.rule.descent.update(ratio, p, self.alpha, self.decay)
+        ratio = self.rule.ratio(self.given(), self.old, self.new, self.numbers, self.dtype)
+        return ratio.value if self.alpha is None else self.descent.update(ratio, p, self.alpha, self.decay)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -18,9 +18,9 @@ from snr_adam import _tree
 from snr_adam._numerics import complex_like, compute_dtype
 from snr_adam.noise import AverageAndMaximum
 from snr_adam.shared import SharedNoise
-from snr_adam.signal import FastAndSlow
 from snr_adam.storage import InOwnForm, InWords, Packed
 from snr_adam.transform import ScaleBySnrState
+from snr_adam.twofold import FastAndSlow, MeanAndGradient
 
 _FIRST = ("mu", "trace", "ema", "m1", "m")
 
@@ -74,7 +74,7 @@ def _first(owner):
     mu = getattr(owner, field_of(owner) or "")
     if form_of(owner) == "own" and not jax.tree.leaves(mu):  # some storage has all in the other place
         mu = owner.nu.nu
-    return mu.m1 if isinstance(mu, FastAndSlow) else mu
+    return mu.m1 if isinstance(mu, FastAndSlow) else mu.m if isinstance(mu, MeanAndGradient) else mu
 
 
 def _second(owner, outer) -> list:

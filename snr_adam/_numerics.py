@@ -4,6 +4,13 @@ An exponential moving average with decay b and its bias correction are
 
     m_t = m_{t-1} + (1 - b) (g_t - m_{t-1})          k_t = 1 / (1 - b^t) = -1 / expm1(t log b)
 
+Where b may change from step to step, 1 - b^t is no longer the sum of m's weights: after a step from .9 to .99 it is too
+small by a factor of 5. There the corrected average is kept in m's place,
+
+    m^_t = m^_{t-1} + c_t (g_t - m^_{t-1})           c_t = (1 - b_t) / (1 - b_t^t),  c_1 = 1
+
+whose weights sum to 1 whatever the c_t are, and which is k_t m_t where b stays what it is.
+
 The textbook forms `b*m + (1-b)*g` and `1 - b**t` are the same on paper. In float32 they are not: the two rounded
 constants b and 1-b no longer sum to 1: float32(1-b) / (1 - float32(b)) is off by 1.3e-5 at b = .999, 1.3e-2 at .999999.
 The form above has one constant, so its fixed point is exact, and one product that feeds the addition, so a compiler may
@@ -78,11 +85,20 @@ def eps_at(eps: Hyper, t: jax.Array, dtype) -> Any:
 
 
 class Decay(NamedTuple):
-    """One step of a moving average of decay b: the weight 1 - b of what is new, 1 / (1 - b^t), and log b."""
+    """One step of a moving average of decay b.
+
+    gain: the weight of what is new, 1 - b, or c_t of an average that is kept corrected.
+    debias: what corrects the average as it is kept: 1 / (1 - b^t), or 1.0; 0.0 where nobody knows.
+    log: log b.
+    sum: 1 - b^t of an average that is kept corrected, else None: times this it is what the others keep.
+    start: what the first step of such an average keeps of an initial value, b / (1 - b); None if that was 0.
+    """
 
     gain: Scalar
     debias: Scalar
     log: Scalar
+    sum: Scalar | None = None
+    start: Scalar | None = None
 
 
 def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
@@ -91,6 +107,38 @@ def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     gain = 1.0 - now  # exact for arrays in [1/2, 1], so that log1p sees the same b as the gain does
     log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else log_of(now, gain)
     return Decay(gain, -1.0 / expm1(t.astype(dtype) * log_b), log_b)
+
+
+def may_change(b: Hyper) -> bool:
+    """Whether b is a schedule, or an array, which the next step may get another of (`optax.inject_hyperparams`)."""
+    return not isinstance(b, (int, float, np.generic, np.ndarray))
+
+
+def kept_at(b: Hyper, t: jax.Array, dtype, corrected: bool = True, initial: Scalar = 0.0) -> Decay:
+    """The numbers of an average as it is kept at step t: corrected where b may change and a correction is wanted."""
+    k = decay_at(b, t, dtype)
+    if not may_change(b):
+        return k
+    if not corrected:
+        return k._replace(debias=0.0)
+    first = t == 1
+    gain = k.gain * k.debias
+    gain = jnp.where(first | (gain > 1.0), 1.0, gain).astype(dtype)  # no minimum: at a tie it has half a derivative
+    known = isinstance(initial, (int, float)) and initial == 0
+    start = None if known else jnp.where(first, (1.0 - k.gain) * k.debias, 0.0).astype(dtype)
+    return Decay(gain, 1.0, k.log, 1.0 / k.debias, start)
+
+
+def weights_of(b: Hyper, t: int, corrected: bool = True) -> np.ndarray:
+    """The weights of gradients 1 to t in such an average after step t, as NumPy computes them in float64."""
+    found = np.zeros(t)
+    for i in range(1, t + 1):
+        now = float(value_at(b, jnp.int32(i)))
+        gain = 1.0 - now
+        gain = gain / (1.0 - now**i) if corrected else gain
+        found[:i] *= 1.0 - gain
+        found[i - 1] = gain
+    return found
 
 
 class Average(NamedTuple):
@@ -113,6 +161,12 @@ def times(x: jax.Array, by: Scalar) -> jax.Array:
 def lerp(old: jax.Array, new: jax.Array, gain: Scalar) -> jax.Array:
     """old + gain (new - old)."""
     return old + times(new - old, gain)
+
+
+def follow(old: jax.Array, new: jax.Array, k: Decay) -> jax.Array:
+    """The average after one more number."""
+    now = lerp(old, new, k.gain)
+    return now if k.start is None else now + times(old, k.start)
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
@@ -169,6 +223,18 @@ def square_onto(v: jax.Array, x: jax.Array) -> jax.Array:
 def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     """x / by for real `by`, as a pair of reals would be."""
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
+
+
+@jax.custom_jvp
+def scaled_ratio(x, k, by):
+    """k x / by in one division, k a scalar array. Its derivative is that of the quotient also where k is 0."""
+    return divide(x, (1.0 / k) * by)
+
+
+@scaled_ratio.defjvp
+def _(given, change):
+    _, changed = jax.jvp(lambda x, k, by: divide(times(x, k), by), given, change)
+    return scaled_ratio(*given), changed
 
 
 def _langevin(y):

@@ -8,15 +8,23 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from snr_adam import signal as s
+from snr_adam import storage as storages
 from snr_adam._checks import check_arguments
+from snr_adam._numerics import Hyper
+from snr_adam._recipe import made_by
+from snr_adam.transform import wrong_state
 
 Make = TypeVar("Make", bound=Callable[..., Any])
+Mask: TypeAlias = Any
+Tx: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class _Signature(inspect.Signature):
@@ -51,10 +59,13 @@ class _Signature(inspect.Signature):
         return bound
 
 
+_FUNCTIONS = ("mask", "descent", "normalized", "ball")
+
+
 def _strong(name: str, x):
     if name == "mu_dtype" and x is not None:
         return jnp.dtype(x).name  # a dtype class is callable, and would be taken for a schedule
-    if callable(x) and name == "mask":
+    if callable(x) and name in _FUNCTIONS:
         return _Held(x)
     if callable(x):
         return lambda count: jnp.asarray(_strong(name, x(count)))
@@ -79,9 +90,9 @@ class _Number(np.ndarray):
 
 @dataclass(frozen=True)
 class _Held:
-    """A mask that is a function, in a form that is not taken for a schedule."""
+    """A mask or a descent that is a function, in a form that is not taken for a schedule."""
 
-    mask: Any
+    function: Any
 
 
 def preset(make: Make) -> Make:
@@ -92,10 +103,36 @@ def preset(make: Make) -> Make:
 
     @functools.wraps(make)
     def made(*args, **kwargs):
-        if isinstance(kwargs.get("mask"), _Held):
-            kwargs["mask"] = kwargs["mask"].mask
+        kwargs = {name: x.function if isinstance(x, _Held) else x for name, x in kwargs.items()}
         held.checked(args, kwargs)
-        return make(*args, **kwargs)
+        return made_by(made, signature, make(*args, **kwargs), args, kwargs)
 
     vars(made)["__signature__"] = held
     return made  # type: ignore[return-value]
+
+
+def stored(storage: storages.Name | storages.Storage, mu_dtype) -> storages.Name | storages.Storage:
+    """`mu_dtype` is a storage under another name."""
+    if mu_dtype is None:
+        return storage
+    if storage != "float32":
+        raise ValueError(
+            f"mu_dtype={mu_dtype!r} and storage={storage!r} both say how the signal rests: give one of them"
+        )
+    return storages.Cast(mu=mu_dtype)
+
+
+def average(b1: Hyper, nesterov: bool, debias: bool = True) -> s.Signal:
+    return s.Nesterov(b1, debias) if nesterov else s.EMA(b1, debias)
+
+
+def with_parts(tx: Tx, empty: int) -> Tx:
+    """`tx` with as many empty states behind it as Optax's chain has parts there: states and checkpoints line up."""
+    chain = optax.chain(tx, *(optax.identity() for _ in range(empty)))
+
+    def update(updates, state, params=None, **extra_args):
+        if not (isinstance(state, tuple) and len(state) == 1 + empty):
+            raise wrong_state(state)
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -45,7 +45,8 @@ class _Fields(NamedTuple):
 
 
 class ScaleBySnrState(_Fields):
-    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`.
+    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`,
+    whose instance it is not.
 
     count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
     mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).

@@ -114,6 +114,11 @@ def jax_array(x):
     return jnp.asarray(x) if is_numpy else as_array(x)
 
 
+def is_bool(x) -> bool:
+    """Whether x is a truth value, of Python, NumPy or JAX: it passes for a number, and is none."""
+    return isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_
+
+
 def is_abstract(x) -> bool:
     """Whether x is a ShapeDtypeStruct: a shape without values."""
     return isinstance(x, jax.ShapeDtypeStruct)
@@ -127,6 +132,25 @@ def init_like(init, p):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding if x.shape == p.shape else None), like
     )
+
+
+def check_arrays(what: str, tree, leaves) -> None:
+    """Raises TypeError, naming the leaf, unless all leaves are arrays or numbers."""
+    for i, x in enumerate(leaves):
+        if x is not None and _kind(x).kind == "O":
+            raise TypeError(
+                f"{what} {named_leaves(tree)[i][0]} has {_described(x)}, which is no array: give the arrays of the "
+                "model alone, for instance eqx.filter(model, eqx.is_inexact_array)"
+            )
+
+
+def check_sizes(why: str, shape, first: int = 0) -> None:
+    """Raises ValueError for a shape with sizes, from that axis on, that are not known yet, as `jax.export` has them."""
+    if not all(isinstance(size, (int, np.integer)) for size in shape[first:]):
+        raise ValueError(
+            f"{why}, and an array has the shape ({', '.join(map(str, shape))}): export the step for the shapes of the "
+            "model that it trains, without symbolic ones"
+        )
 
 
 def check_floating(what: str, tree, leaves) -> None:

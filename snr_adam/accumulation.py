@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._checks import check_scalar
+from snr_adam._checks import check_optimizer, check_scalar
 from snr_adam._compiler import never
 from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
+from snr_adam._recipe import with_recipe
 
 
 @_tree.exportable
@@ -54,6 +55,7 @@ class AccumulateState(NamedTuple):
     inner: Any
 
 
+@with_recipe
 def accumulate(
     tx: optax.GradientTransformation, every: int | Callable[[jax.Array], Any]
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +87,7 @@ def accumulate(
     """
     if not callable(every):
         _check_every("every", every)
-    tx = optax.with_extra_args_support(tx)
+    tx = check_optimizer("accumulate", tx)
 
     def init(params):
         leaves, outer = _tree.flatten(params)
@@ -96,6 +98,8 @@ def accumulate(
         return AccumulateState(count, steps, outer.unflatten(buffer), piece, mean, tx.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        for what, tree in (("gradient", updates), ("parameter", params)):
+            _tree.check_arrays(f"accumulate: {what}", tree, _tree.flatten(tree)[0])
         n = every
         if callable(every):
             n = every(state.steps)

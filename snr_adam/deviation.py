@@ -3,6 +3,11 @@
 Belief      v of the prediction error g_t - m_t                        AdaBelief (Zhuang et al. 2020)
 Deviation   sqrt(v - m^2) around a mean of its own                     centred RMSProp (Graves 2013)
 Spread      sqrt(s + m^2), s the variance around `signal.Mean`         Adam with b1 = b2 (Orvieto & Gower 2025)
+Adapted     1 + rho s / m^2, which shrinks what is mostly noise        M-SVAG (Balles & Hennig 2018)
+
+and one that has no memory but the signal's mean:
+
+FromMean    sqrt(b2 m_{t-1}^2 + (1-b2) g_t^2)                          AdamS (Zhang et al. 2025), BCOS
 """
 
 from dataclasses import dataclass
@@ -19,6 +24,7 @@ from snr_adam._numerics import (
     abs_sq,
     decay_at,
     eps_at,
+    kept_at,
     lerp,
     moment_like,
     root,
@@ -27,7 +33,7 @@ from snr_adam._numerics import (
 )
 from snr_adam._tree import exportable
 from snr_adam.noise import Squares
-from snr_adam.signal import Gradient, Mean
+from snr_adam.signal import Gradient, Mean, Sign
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Belief(Squares):
         if isinstance(signal, (Gradient, Mean)):
             return "it measures around the moving average that the signal keeps: use EMA, Nesterov or Mixture"
         return None
+
+    def at(self, t, dtype):
+        k = super().at(t, dtype)
+        return k if k.v.sum is None else k._replace(eps_root=k.eps_root / k.v.sum)
 
     def update(self, v, g, k, center):
         return lerp(v, square_onto(v, g - center), k.v.gain) + k.eps_root
@@ -80,11 +90,12 @@ class Deviation:
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
 
     def at(self, t, dtype):
-        return decay_at(self.decay, t, dtype), eps_at(self.eps, t, dtype)
+        return kept_at(self.decay, t, dtype, self.debias, self.initial), eps_at(self.eps, t, dtype)
 
     def update(self, state, g, k, center):
         gain = k[0].gain
         s = (1.0 - gain) * (state.s + gain * abs_sq(g - state.m))
+        s = s if k[0].start is None else s + k[0].start * state.s
         return MeanAndVariance(lerp(state.m, g, gain), s)
 
     def estimate(self, state, g, k, center):
@@ -107,9 +118,7 @@ class Spread:
     __post_init__ = check_fields
 
     def misfit(self, signal):
-        if isinstance(signal, Mean) and _same(signal.b1, self.b2):
-            return None
-        return f"it measures around the corrected mean, of the same decay: use Mean({self.b2})"
+        return _around_mean(self.b2, signal)
 
     def init(self, p):
         return square_like(p)
@@ -137,6 +146,99 @@ class Spread:
 
     def second(self, s, center):
         return s + abs_sq(center)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """1 + rho s^ / m^^2, around `signal.Mean`: m^ over it is m^ m^^2 / (m^^2 + rho s^), close to m^ where m^ is signal.
+
+    s^ = (v^ - m^^2) / (1 - rho) estimates the variance of one gradient, and rho s^ that of m^: rho is the floor of the
+    signal, (1-b)(1+b^t) / ((1+b)(1-b^t)). Kept is v^ - m^^2 itself, as in `Spread`. After one gradient nothing is known
+    of a variance: the noise is 1. It has no unit, so the step has that of the gradient, as in plain descent.
+    """
+
+    b2: Hyper = 0.9
+
+    def __post_init__(self):
+        check_fields(self)
+        if isinstance(self.b2, (int, float)) and self.b2 == 0:
+            raise ValueError("Adapted: b2=0: must be above 0, or there is no variance; 0.9 is usual")
+
+    def misfit(self, signal):
+        return _around_mean(self.b2, signal)
+
+    def init(self, p):
+        return square_like(p)
+
+    def at(self, t, dtype):
+        keep, weight, *_ = Spread(self.b2, 1e-8).at(t, dtype)
+        k, n = decay_at(self.b2, t, dtype), jnp.maximum(t, 2).astype(dtype)
+        # rho / (1 - rho) = (1-b)(1+b^t) / (2 b (1 - b^{t-1}))
+        ratio = k.gain * (1.0 + jnp.exp(n * k.log)) / (-2.0 * (1.0 - k.gain) * jnp.expm1((n - 1.0) * k.log))
+        return keep, weight, jnp.where(t == 1, 0.0, ratio).astype(dtype)
+
+    def update(self, s, g, k, center):
+        keep, weight, _ = k
+        return keep * s + weight * abs_sq(g - center)
+
+    def estimate(self, s, g, k, center):
+        square = jnp.asarray(abs_sq(center), s.dtype)
+        return 1.0 + k[2] * s / jnp.maximum(square, float(jnp.finfo(s.dtype).tiny))
+
+
+class _OfMean(NamedTuple):
+    """What leads from m_t and g_t back to m_{t-1}, the weight of g_t^2 in v, and eps."""
+
+    back: Scalar
+    gain: Scalar
+    eps: Scalar
+
+
+@dataclass(frozen=True)
+class FromMean:
+    """sqrt(b2 m_{t-1}^2 + (1-b2) g_t^2) + eps, with the m of a signal of decay b1: there is no second moment to keep.
+
+    b2 = None is 1 - (1-b1)^2, what E g_t^2 is given m_{t-1} if both are estimates of one mean (BCOS-c). m_{t-1} is read
+    off m_t, as m_t - (1-b1)/b1 (g_t - m_t): reading it would cost a copy. So b1 may not be 0.
+    """
+
+    b1: Hyper = 0.9
+    b2: Hyper | None = None
+    eps: Hyper = 1e-8
+
+    def __post_init__(self):
+        if self.b2 is not None:
+            check_fields(self)
+        else:
+            check_fields(FromMean(self.b1, 0.0, self.eps))
+        if isinstance(self.b1, (int, float)) and self.b1 == 0:
+            raise ValueError("FromMean: b1=0: must be above 0, or m keeps nothing to measure with; 0.9 is usual")
+
+    def misfit(self, signal):
+        if isinstance(signal, (Gradient, Mean, Sign)) or not _same(getattr(signal, "b1", self.b1), self.b1):
+            return f"it reads m_(t-1) off the moving average that the signal keeps: use EMA({self.b1})"
+        return None
+
+    def init(self, p):
+        return ()
+
+    def at(self, t, dtype):
+        gain = decay_at(self.b1, t, dtype).gain
+        newest = gain * gain if self.b2 is None else decay_at(self.b2, t, dtype).gain
+        return _OfMean(-gain / (1.0 - gain), newest, eps_at(self.eps, t, dtype))
+
+    def update(self, state, g, k, center):
+        return state
+
+    def estimate(self, state, g, k: _OfMean, center):
+        before = lerp(jnp.broadcast_to(jnp.asarray(center, g.dtype), g.shape), g, k.back)
+        return root(lerp(abs_sq(before), abs_sq(g), k.gain), k.eps)
+
+
+def _around_mean(b2: Hyper, signal) -> str | None:
+    if isinstance(signal, Mean) and _same(signal.b1, b2):
+        return None
+    return f"it measures around the corrected mean, of the same decay: use Mean({b2})"
 
 
 def _same(a: Hyper, b: Hyper) -> bool:

@@ -26,11 +26,13 @@ import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._checks import check_hyperparams
+from snr_adam._checks import check_hyperparams, check_optimizer, check_whole
 from snr_adam._compiler import one_by_one
 from snr_adam._derivatives import sqrt
+from snr_adam._given import check_known, plain, readable
 from snr_adam._moments import leaf_names
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
+from snr_adam._recipe import with_recipe
 from snr_adam.step import OPEN, Gate
 
 
@@ -132,6 +134,7 @@ def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
     return jax.tree.map(scaled, updates, is_leaf=_tree.is_none), gate
 
 
+@with_recipe
 def guard(
     tx: optax.GradientTransformation, clip_norm: Scalar | None = None, max_consecutive: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,18 +171,19 @@ def guard(
     Reference: Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks, arXiv 1211.5063,
     Algorithm 1; Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2, for skipping.
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    inner = check_optimizer("guard", tx)
+    if callable(clip_norm):
         raise TypeError(
-            f"guard: tx={tx!r} is of type {type(tx).__name__}, no optimizer: write "
-            "guard(snr_adam.adamw(1e-3), clip_norm=1.0)"
+            f"guard: clip_norm={clip_norm!r:.80} is a function: a guard counts no steps, so give a number, or inject a "
+            "schedule with optax.inject_hyperparams(lambda clip: guard(tx, clip))(schedule)"
         )
     check_hyperparams(clip_norm=clip_norm)
-    if not (max_consecutive is None or (isinstance(max_consecutive, int) and max_consecutive >= 1)):
-        raise ValueError(f"guard: max_consecutive={max_consecutive!r}: must be an int >= 1, or None to never give up")
-    inner = optax.with_extra_args_support(tx)
+    if max_consecutive is not None:
+        max_consecutive = check_whole("guard: max_consecutive", max_consecutive, 1, ", or None to never give up")
 
     def init(params):
         leaves, _ = _tree.flatten(params)
+        _tree.check_arrays("guard: parameter", params, leaves)
         numbers = [_tree.jax_array(p) for p in leaves if p is not None and _is_real(p)]
         new = functools.partial(_tree.new_scalar, leaves)
         return GuardState(
@@ -192,6 +196,7 @@ def guard(
         )
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
+        _tree.check_arrays("guard: gradient", updates, _tree.flatten(updates)[0])
         outer, look = gate, _look(jax.tree.leaves(updates, is_leaf=_is_place))
         ok = (look.bad < 0) & ~state.holding & outer.ok
         given, gate = _passed_on(updates, ok, _scale(look.norm, clip_norm), outer)
@@ -249,15 +254,18 @@ def health(state, params) -> Health:
       A `Health`; reading it waits for the device, so ask for it as rarely as for a loss.
 
     Raises:
-      ValueError: if the state holds no guard, or more than one.
+      ValueError: if the state holds no guard, or more than one, or if it is that of several runs at once.
+      TypeError: inside of jit.
     """
+    check_known("health", state)
+    state = readable("health", state, GuardState)
     found = _tree.nodes(GuardState, state)
     if len(found) != 1:
         raise ValueError(
             f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
         )
     skipped, consecutive, holding, last_bad, norm = (np.asarray(x) for x in jax.device_get(found[0][1:]))
-    name = _name_of(int(last_bad), found[0], state, params) if last_bad >= 0 else None
+    name = _name_of(int(last_bad), found[0], state, plain(params)) if last_bad >= 0 else None
     return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
 
 

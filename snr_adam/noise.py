@@ -6,11 +6,11 @@
     Infinity    max(b2 n_{t-1}, |g_t| + eps)                               AdaMax (Kingma & Ba 2014, section 7)
     Yogi        v - (1-b2) sign(v - g^2) g^2                               Yogi (Zaheer et al. 2018)
     Rectified   RMS / r_t once its own variance is finite, 1 before        RAdam (Liu et al. 2020)
-    Previous    sqrt(v_{t-1}), which divides before the signal averages    ADOPT (Taniguchi et al. 2024)
     Unit        1                                                          Lion, plain descent
 
 They estimate the *raw* second moment, mean^2 + variance, hence "pseudo" signal-to-noise ratio. Those that measure
-around a mean are in `deviation.py`; `shared.py` averages v over axes.
+around a mean are in `deviation.py`, those that divide before the signal averages in `quotient.py`; `shared.py` averages
+v over axes.
 
 A denominator is a frozen dataclass that knows one array, never a tree:
 
@@ -19,15 +19,17 @@ A denominator is a frozen dataclass that knows one array, never a tree:
     update(state, g, numbers, center) -> state      the memory after g
     estimate(state, g, numbers, center) -> noise    from the memory after g, as it will rest (`storage.py`)
 
-`center` is the moving average that the signal holds after g (0 if it holds none). With `divides_first = True` the
-estimate is made from the memory before g, and the signal averages g / noise; otherwise its average is divided.
+`center` is the moving average that the signal holds after g, by its own `center(state, numbers)` if it has one (0 if it
+holds none). With `divides_first = True` the
+estimate is made from the memory before g (with `divides_by_new = True` from that after g), and the signal averages
+g / noise; otherwise its average is divided.
 
 Where the noise is the root of an average of |g|^2, telemetry asks for that average, before its bias is corrected, by
 `second(state, center) -> v`, and for how it follows |g|^2, by `average(numbers) -> Average`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,8 @@ from snr_adam._numerics import (
     abs_sq,
     decay_at,
     eps_at,
+    follow,
+    kept_at,
     length,
     lerp,
     root,
@@ -69,6 +73,13 @@ def center(mu):
     return next(iter(jax.tree.leaves(mu)), 0.0)
 
 
+def squared(noise: Any, state, k, center, estimate):
+    """The second moment that a noise is the root of, corrected, without eps; of other noises the estimate's square."""
+    if not (hasattr(noise, "second") and hasattr(noise, "average")):
+        return estimate * estimate
+    return noise.average(k).debias * noise.second(state, center)
+
+
 class _Numbers(NamedTuple):
     """What most denominators need at a step: the decay of v, and the two epsilons."""
 
@@ -77,8 +88,9 @@ class _Numbers(NamedTuple):
     eps_root: Scalar
 
 
-def numbers_at(b2, eps, eps_root, t, dtype) -> _Numbers:
-    return _Numbers(decay_at(b2, t, dtype), eps_at(eps, t, dtype), value_at(eps_root, t, dtype))
+def numbers_at(b2, eps, eps_root, t, dtype, corrected: bool = True, initial: Scalar = 0.0) -> _Numbers:
+    kept = kept_at(b2, t, dtype, corrected, initial)
+    return _Numbers(kept, eps_at(eps, t, dtype), value_at(eps_root, t, dtype))
 
 
 def _root(v, k: _Numbers, debias: bool = True):
@@ -95,8 +107,9 @@ class Squares:
     def init(self, p) -> Any:
         return square_like(p, getattr(self, "initial", 0.0))
 
-    def at(self: Any, t, dtype):
-        return numbers_at(self.b2, self.eps, self.eps_root, t, dtype)
+    def at(self: Any, t, dtype) -> Any:
+        corrected, initial = getattr(self, "debias", True), getattr(self, "initial", 0.0)
+        return numbers_at(self.b2, self.eps, self.eps_root, t, dtype, corrected, initial)
 
 
 class Averaged:
@@ -107,6 +120,11 @@ class Averaged:
 
     def second(self, state, center):
         return state
+
+
+def noise_of(v, k: _Numbers):
+    """The noise of an average of squares, corrected."""
+    return _root(v, k)
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,7 @@ class RMS(Squares, Averaged):
     initial: Scalar = 0.0
 
     def update(self, v, g, k, center):
-        return lerp(v, square_onto(v, g), k.v.gain)
+        return follow(v, square_onto(v, g), k.v)
 
     def estimate(self, v, g, k, center):
         return _root(v, k, self.debias)
@@ -182,19 +200,40 @@ class Infinity:
 
 @dataclass(frozen=True)
 class Yogi(Squares):
-    """v moves towards g^2 by a step of size (1-b2) g^2 whatever the distance, so that it cannot fall quickly."""
+    """v moves towards g^2 by a step of size (1-b2) g^2 whatever the distance, so that it cannot fall quickly.
+
+    Where b2 may change, v / (1 - b2^t) is kept, and multiplied by 1 - b2^{t-1} with the b2 of its own step.
+    """
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-3
     eps_root: Hyper = 0.0
     initial: Scalar = 1e-6
 
-    def update(self, v, g, k, center):
-        square = square_onto(v, g)
-        return v - k.v.gain * (jnp.sign(v - square) * square)
+    def at(self, t, dtype):
+        k, v = super().at(t, dtype), decay_at(self.b2, t, dtype)
+        if k.v.sum is None:
+            return _Steps(k, v.gain, None, None)
+        before = jnp.where(t == 1, 1.0, -jnp.expm1((t - 1).astype(dtype) * v.log)).astype(dtype)
+        return _Steps(k, v.gain, before, v.debias)
 
-    def estimate(self, v, g, k, center):
-        return _root(v, k)
+    def update(self, v, g, k: "_Steps", center):
+        square = square_onto(v, g)
+        old = v if k.before is None else k.before * v
+        new = old - k.gain * (jnp.sign(old - square) * square)
+        return new if k.after is None else k.after * new
+
+    def estimate(self, v, g, k: "_Steps", center):
+        return _root(v, k.root)
+
+
+class _Steps(NamedTuple):
+    """The size of a step of `Yogi`; before and after it, what takes a correction away and makes it again."""
+
+    root: _Numbers
+    gain: Scalar
+    before: Scalar | None
+    after: Scalar | None
 
 
 class _Rectifier(NamedTuple):
@@ -220,8 +259,9 @@ class Rectified:
 
     def at(self, t, dtype):
         k, n = numbers_at(self.b2, self.eps, self.eps_root, t, dtype), t.astype(dtype)
-        last = 2.0 / k.v.gain - 1.0
-        rho = length(k.v, n)
+        v = decay_at(self.b2, t, dtype)
+        last = 2.0 / v.gain - 1.0
+        rho = length(v, n)
         on = rho >= value_at(self.threshold, t, dtype)
         rho = jnp.where(on, rho, last)  # no root of a negative number where r is not used
         inverse_r = jnp.sqrt((last - 4.0) * (last - 2.0) * rho / ((rho - 4.0) * (rho - 2.0) * last))
@@ -238,49 +278,6 @@ class Rectified:
 
     def second(self, state, center):
         return state
-
-
-class _Before(NamedTuple):
-    gain: Scalar
-    eps: Scalar
-    inverse_clip: Scalar | None
-    first: Any
-
-
-@dataclass(frozen=True)
-class Previous:
-    """max(sqrt(v_{t-1}), eps): the noise as it was before this gradient, so that the two are independent.
-
-    The quotient g / noise is clipped to +-clip(t - 1), by raising the noise to |g| / clip. The first gradient only
-    fills v_1 = g_1^2: its noise is infinite and nothing moves.
-    """
-
-    b2: Hyper = 0.9999
-    eps: Hyper = 1e-6
-    clip: Hyper | None = None
-    divides_first: ClassVar[bool] = True
-    __post_init__ = check_fields
-
-    def init(self, p):
-        return square_like(p)
-
-    def at(self, t, dtype):
-        first = t == 1
-        gain = jnp.where(first, 1.0, decay_at(self.b2, t, dtype).gain).astype(dtype)
-        clip = self.clip((t - 1).astype(dtype)) if callable(self.clip) else self.clip
-        # not 0 at first, which makes 0 / 0 where g is 0; inverted here, because a division by a scalar is compiled as a
-        # product with its inverse, but not for leaves of one element
-        inverse_clip = None if clip is None else 1.0 / jnp.where(first, 1.0, clip)
-        return _Before(gain, eps_at(self.eps, t, dtype), inverse_clip, first)
-
-    def update(self, v, g, k: _Before, center):
-        return lerp(v, square_onto(v, g), k.gain)
-
-    def estimate(self, v, g, k: _Before, center):
-        noise = jnp.maximum(root(v), k.eps)
-        if k.inverse_clip is not None:
-            noise = jnp.maximum(noise, abs(g) * k.inverse_clip)
-        return jnp.where(k.first, jnp.inf, noise)
 
 
 @dataclass(frozen=True)

@@ -9,52 +9,30 @@ prefix of the parameters. Moments and arithmetic are float32 also for bfloat16 a
 
 Bias corrections are computed as expm1(t log b) where Optax computes 1 - b**t, so in float32 results differ from Optax
 by Optax's own rounding, about 1e-5 at b2 = .999. Where a definition differs from Optax's, the docstring says so.
+
+Decays may change in time, as schedules or in the state of `inject_hyperparams`, where `advise` may have new ones set in
+the middle of a run. The weights of an average that is corrected sum to 1 all the same (see `_numerics`); Optax divides
+by 1 - b(t)**t, which is the sum of the weights only if b was b(t) from the beginning. For Adafactor's b2 = 1 - t**-.8
+exactly as it is, which needs no correction, build the step from `RMS(b2, debias=False)`.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import optax
 
 from snr_adam import deviation as d
 from snr_adam import noise as n
+from snr_adam import quotient as q
 from snr_adam import signal as s
 from snr_adam._numerics import Hyper
-from snr_adam._presets import preset
-from snr_adam.descent import TrustRatio
+from snr_adam._per_leaf import Descents, Rate
+from snr_adam._presets import Mask, Tx, average, preset, stored, with_parts
+from snr_adam.descent import Decoupled, TrustRatio
 from snr_adam.step import OPEN, Gate
-from snr_adam.storage import Cast, Name, Storage
-from snr_adam.transform import Rate, descend, wrong_state
-
-Mask: TypeAlias = Any
-Tx: TypeAlias = optax.GradientTransformationExtraArgs
-
-
-def _stored(storage: Name | Storage, mu_dtype) -> Name | Storage:
-    """`mu_dtype` is a storage under another name."""
-    if mu_dtype is None:
-        return storage
-    if storage != "float32":
-        raise ValueError(
-            f"mu_dtype={mu_dtype!r} and storage={storage!r} both say how the signal rests: give one of them"
-        )
-    return Cast(mu=mu_dtype)
-
-
-def _average(b1: Hyper, nesterov: bool, debias: bool = True) -> s.Signal:
-    return s.Nesterov(b1, debias) if nesterov else s.EMA(b1, debias)
-
-
-def _with_parts(tx: Tx, empty: int) -> Tx:
-    """`tx` with as many empty states behind it as Optax's chain has parts there: states and checkpoints line up."""
-    chain = optax.chain(tx, *(optax.identity() for _ in range(empty)))
-
-    def update(updates, state, params=None, **extra_args):
-        if not (isinstance(state, tuple) and len(state) == 1 + empty):
-            raise wrong_state(state)
-        return chain.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+from snr_adam.storage import Name, Storage
+from snr_adam.transform import descend, scale_by_snr
+from snr_adam.twofold import Mixture
 
 
 def _momentum(decay, nesterov: bool) -> Tx:
@@ -73,6 +51,36 @@ def _momentum(decay, nesterov: bool) -> Tx:
         return us, new
 
     return optax.GradientTransformationExtraArgs(trace.init, update)
+
+
+@preset
+def scale_by_adam(
+    b1: Hyper = 0.9,
+    b2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    eps_root: Hyper = 0.0,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = False,
+    storage: Name | Storage = "float32",
+) -> Tx:
+    """Adam's ratio without a learning rate: `optax.scale_by_adam`, for chains and configurations of names and numbers.
+
+    u = m^ / (sqrt(v^ + eps_root) + eps); the same as `scale_by_snr(EMA(b1), RMS(b2, eps, eps_root), storage)`.
+
+    Args, Raises: as `adam`.
+
+    Returns:
+      A transformation with state `ScaleBySnrState`, to be followed by `optax.scale_by_learning_rate`.
+
+    >>> tx = scale_by_adam(b1=0.5, b2=0.5)
+    >>> updates, state = tx.update(jax.numpy.array([3.0, -0.5]), tx.init(jax.numpy.zeros(2)))
+    >>> print(updates.round(5))
+    [ 1. -1.]
+
+    Reference: Kingma & Ba, Adam: A Method for Stochastic Optimization, arXiv 1412.6980, Algorithm 1.
+    """
+    return scale_by_snr(average(b1, nesterov), n.RMS(b2, eps, eps_root), stored(storage, mu_dtype))
 
 
 @preset
@@ -121,8 +129,8 @@ def adam(
 
     Reference: Kingma & Ba, Adam: A Method for Stochastic Optimization, arXiv 1412.6980, Algorithm 1.
     """
-    return _with_parts(
-        descend(learning_rate, _average(b1, nesterov), n.RMS(b2, eps, eps_root), storage=_stored(storage, mu_dtype)), 1
+    return with_parts(
+        descend(learning_rate, average(b1, nesterov), n.RMS(b2, eps, eps_root), storage=stored(storage, mu_dtype)), 1
     )
 
 
@@ -134,28 +142,34 @@ def adamw(
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
     mu_dtype: Any = None,
-    weight_decay: Hyper = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask = None,
     *,
     nesterov: bool = False,
     storage: Name | Storage = "float32",
+    descent: Descents = Decoupled(),
 ) -> Tx:
     """AdamW: EMA / RMS with decoupled weight decay, w := w - alpha (m^ / (sqrt(v^ + eps_root) + eps) + lambda w).
 
     Args: as `adam`, and
-      weight_decay: lambda, multiplied by the learning rate as in Optax and PyTorch.
+      weight_decay: lambda, multiplied by the learning rate as in Optax and PyTorch. It too may be a tree that is a
+        prefix of the parameters.
       mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from them to one.
+        `mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)` leaves out norms and biases.
+      descent: what is done with the ratio, a part of `snr_adam.descent` such as `CautiousDecay()`; or a tree of them
+        that is a prefix of the parameters, or a function from them to one.
 
     Reference: Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, Algorithm 2.
     """
-    return _with_parts(
+    return with_parts(
         descend(
             learning_rate,
-            _average(b1, nesterov),
+            average(b1, nesterov),
             n.RMS(b2, eps, eps_root),
             weight_decay=weight_decay,
             mask=mask,
-            storage=_stored(storage, mu_dtype),
+            descent=descent,
+            storage=stored(storage, mu_dtype),
         ),
         2,
     )
@@ -190,7 +204,7 @@ def nadamw(
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
     mu_dtype: Any = None,
-    weight_decay: Hyper = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask = None,
     *,
     nesterov: bool = True,
@@ -216,7 +230,7 @@ def adamax(
 
     Reference: Kingma & Ba, arXiv 1412.6980, Algorithm 2.
     """
-    return _with_parts(descend(learning_rate, s.EMA(b1), n.Infinity(b2, eps), storage=storage), 1)
+    return with_parts(descend(learning_rate, s.EMA(b1), n.Infinity(b2, eps), storage=storage), 1)
 
 
 @preset
@@ -225,7 +239,7 @@ def adamaxw(
     b1: Hyper = 0.9,
     b2: Hyper = 0.999,
     eps: Hyper = 1e-8,
-    weight_decay: Hyper = 1e-4,
+    weight_decay: Rate = 1e-4,
     mask: Mask = None,
     *,
     storage: Name | Storage = "float32",
@@ -234,7 +248,7 @@ def adamaxw(
 
     Reference: Kingma & Ba, arXiv 1412.6980, Algorithm 2; Loshchilov & Hutter, arXiv 1711.05101.
     """
-    return _with_parts(
+    return with_parts(
         descend(learning_rate, s.EMA(b1), n.Infinity(b2, eps), weight_decay=weight_decay, mask=mask, storage=storage), 2
     )
 
@@ -257,8 +271,8 @@ def amsgrad(
     Reference: Reddi, Kale & Kumar, On the Convergence of Adam and Beyond, arXiv 1904.09237, Algorithm 2.
     """
     noise = n.Maximum(b2, eps, eps_root, bias_correction_nu)
-    return _with_parts(
-        descend(learning_rate, s.EMA(b1, bias_correction_mu), noise, storage=_stored(storage, mu_dtype)), 1
+    return with_parts(
+        descend(learning_rate, s.EMA(b1, bias_correction_mu), noise, storage=stored(storage, mu_dtype)), 1
     )
 
 
@@ -279,7 +293,7 @@ def adabelief(
 
     Reference: Zhuang et al., AdaBelief Optimizer, arXiv 2010.07468, Algorithm 2.
     """
-    return _with_parts(descend(learning_rate, _average(b1, nesterov), d.Belief(b2, eps, eps_root), storage=storage), 1)
+    return with_parts(descend(learning_rate, average(b1, nesterov), d.Belief(b2, eps, eps_root), storage=storage), 1)
 
 
 @preset
@@ -298,7 +312,7 @@ def yogi(
 
     Reference: Zaheer et al., Adaptive Methods for Nonconvex Optimization, NeurIPS 2018, Algorithm 2.
     """
-    return _with_parts(descend(learning_rate, s.EMA(b1, initial=1e-6), n.Yogi(b2, eps), storage=storage), 1)
+    return with_parts(descend(learning_rate, s.EMA(b1, initial=1e-6), n.Yogi(b2, eps), storage=storage), 1)
 
 
 @preset
@@ -318,7 +332,7 @@ def radam(
     Reference: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, arXiv 1908.03265, Algorithm 2.
     """
     noise = n.Rectified(b2, eps, eps_root, threshold)
-    return _with_parts(descend(learning_rate, _average(b1, nesterov), noise, storage=storage), 1)
+    return with_parts(descend(learning_rate, average(b1, nesterov), noise, storage=storage), 1)
 
 
 @preset
@@ -357,7 +371,7 @@ def rmsprop(
         noise = n.RMS(decay, *((0.0, eps) if eps_in_sqrt else (eps, 0.0)), bias_correction, initial_scale)
     step = descend(learning_rate, s.Gradient(), noise, storage=storage)
     return (
-        _with_parts(step, 2) if momentum is None else optax.chain(step, optax.identity(), _momentum(momentum, nesterov))
+        with_parts(step, 2) if momentum is None else optax.chain(step, optax.identity(), _momentum(momentum, nesterov))
     )
 
 
@@ -367,7 +381,7 @@ def lion(
     b1: Hyper = 0.9,
     b2: Hyper = 0.99,
     mu_dtype: Any = None,
-    weight_decay: Hyper = 1e-3,
+    weight_decay: Rate = 1e-3,
     mask: Mask = None,
     *,
     storage: Name | Storage = "float32",
@@ -376,9 +390,9 @@ def lion(
 
     Reference: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675, Algorithm 2.
     """
-    stored = _stored(storage, mu_dtype)
-    return _with_parts(
-        descend(learning_rate, s.Sign(b1, b2), n.Unit(), weight_decay=weight_decay, mask=mask, storage=stored), 2
+    rest = stored(storage, mu_dtype)
+    return with_parts(
+        descend(learning_rate, s.Sign(b1, b2), n.Unit(), weight_decay=weight_decay, mask=mask, storage=rest), 2
     )
 
 
@@ -403,9 +417,9 @@ def adopt(
 
     Reference: Taniguchi et al., ADOPT: Modified Adam Can Converge with Any beta2, arXiv 2411.02853, Algorithm 2.
     """
-    noise = n.Previous(b2, eps, clip_value_fn if use_clipping else None)
-    return _with_parts(
-        descend(learning_rate, _average(b1, nesterov, debias=False), noise, storage=_stored(storage, mu_dtype)), 1
+    noise = q.Previous(b2, eps, clip_value_fn if use_clipping else None)
+    return with_parts(
+        descend(learning_rate, average(b1, nesterov, debias=False), noise, storage=stored(storage, mu_dtype)), 1
     )
 
 
@@ -419,7 +433,7 @@ def ademamix(
     eps: Hyper = 1e-8,
     eps_root: Hyper = 0.0,
     mu_dtype: Any = None,
-    weight_decay: Hyper = 0.0,
+    weight_decay: Rate = 0.0,
     mask: Mask = None,
     *,
     storage: Name | Storage = "float32",
@@ -434,14 +448,14 @@ def ademamix(
 
     Reference: Pagliardini, Ablin & Grangier, The AdEMAMix Optimizer, arXiv 2409.03137, section 3.
     """
-    return _with_parts(
+    return with_parts(
         descend(
             learning_rate,
-            s.Mixture(b1, b3, alpha),
+            Mixture(b1, b3, alpha),
             n.RMS(b2, eps, eps_root),
             weight_decay=weight_decay,
             mask=mask,
-            storage=_stored(storage, mu_dtype),
+            storage=stored(storage, mu_dtype),
         ),
         2,
     )
@@ -454,7 +468,7 @@ def lamb(
     b2: Hyper = 0.999,
     eps: Hyper = 1e-6,
     eps_root: Hyper = 0.0,
-    weight_decay: Hyper = 0.0,
+    weight_decay: Rate = 0.0,
     mask: Mask = None,
     *,
     storage: Name | Storage = "float32",
@@ -463,7 +477,7 @@ def lamb(
 
     Reference: You et al., Large Batch Optimization for Deep Learning, arXiv 1904.00962, Algorithm 2.
     """
-    return _with_parts(
+    return with_parts(
         descend(
             learning_rate,
             s.EMA(b1),
@@ -482,7 +496,7 @@ def centered_adam(
     learning_rate: Rate,
     b: Hyper = 0.95,
     eps: Hyper = 1e-8,
-    weight_decay: Hyper = 0.0,
+    weight_decay: Rate = 0.0,
     mask: Mask = None,
     *,
     storage: Name | Storage = "float32",
@@ -498,6 +512,6 @@ def centered_adam(
 
     Reference: Orvieto & Gower, In Search of Adam's Secret Sauce, arXiv 2505.21829, section 4.
     """
-    return _with_parts(
+    return with_parts(
         descend(learning_rate, s.Mean(b), d.Spread(b, eps), weight_decay=weight_decay, mask=mask, storage=storage), 2
     )

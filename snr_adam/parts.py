@@ -7,25 +7,48 @@ and `Storage`. `Average` is what a part says of itself to telemetry, see `snr_ad
 """
 
 from snr_adam._numerics import Average
-from snr_adam.descent import Decoupled, Descent, TrustRatio
-from snr_adam.deviation import Belief, Deviation, Spread
-from snr_adam.noise import RMS, Infinity, Maximum, Noise, Previous, Rectified, Unit, Yogi
+from snr_adam.descent import (
+    Arctangent,
+    CautiousDecay,
+    CautiousUpdate,
+    ClippedUpdate,
+    CorrectedDecay,
+    Decoupled,
+    Descent,
+    Hyperball,
+    IndependentDecay,
+    TrustRatio,
+)
+from snr_adam.deviation import Adapted, Belief, Deviation, FromMean, Spread
+from snr_adam.noise import RMS, Infinity, Maximum, Noise, Rectified, Unit, Yogi
+from snr_adam.quotient import Normalized, Previous
 from snr_adam.shared import Shared
-from snr_adam.signal import EMA, Gradient, Mean, Mixture, Nesterov, Sign, Signal
+from snr_adam.signal import EMA, FromFirst, Gradient, Mean, Nesterov, Sign, Signal
 from snr_adam.state.sharding import LikeParameters, Zero1
 from snr_adam.storage import Cast, Full, Packed, Storage
+from snr_adam.twofold import Mixture, VarianceReduced
 
 __all__ = [
     "EMA",
     "RMS",
+    "Adapted",
+    "Arctangent",
     "Average",
     "Belief",
     "Cast",
+    "CautiousDecay",
+    "CautiousUpdate",
+    "ClippedUpdate",
+    "CorrectedDecay",
     "Decoupled",
     "Descent",
     "Deviation",
+    "FromFirst",
+    "FromMean",
     "Full",
     "Gradient",
+    "Hyperball",
+    "IndependentDecay",
     "Infinity",
     "LikeParameters",
     "Maximum",
@@ -33,6 +56,7 @@ __all__ = [
     "Mixture",
     "Nesterov",
     "Noise",
+    "Normalized",
     "Packed",
     "Previous",
     "Rectified",
@@ -43,6 +67,7 @@ __all__ = [
     "Storage",
     "TrustRatio",
     "Unit",
+    "VarianceReduced",
     "Yogi",
     "Zero1",
 ]

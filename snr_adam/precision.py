@@ -25,7 +25,9 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._bits import float_of, random_bits, round_to, seeds_at, word_of
+from snr_adam._checks import check_optimizer
 from snr_adam._derivatives import with_derivative_of, without_derivative
+from snr_adam._recipe import with_recipe
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
 _CODE = {"16": jnp.int16, "8": jnp.int8}
@@ -114,6 +116,7 @@ def _split(whole, old, p, code, dither):
     return update, jnp.clip(distance, limit.min, limit.max).astype(code)
 
 
+@with_recipe
 def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax.GradientTransformationExtraArgs:
     """Trains bfloat16 and float16 parameters as if they were float32.
 
@@ -145,13 +148,14 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
     """
     if bits not in _CODE:
         raise ValueError(f"bits={bits!r}: use '16' (exact) or '8' (24-bit weights)")
-    code, tx = _CODE[bits], optax.with_extra_args_support(tx)
+    code, tx = _CODE[bits], check_optimizer("carry_remainder", tx)
 
     def init(params):
         def remainder(p):
             return jnp.zeros_like(p, dtype=code if _is_narrow(p) else jnp.int8)
 
         leaves, outer = _tree.flatten(params)
+        _tree.check_arrays("carry_remainder: parameter", params, leaves)
         _tree.check_floating("parameter", params, leaves)
         rest = [None if p is None else _tree.init_like(remainder, _tree.jax_array(p)) for p in leaves]
         whole = jax.tree.map(lambda p: _tree.init_like(_widen, p) if _is_narrow(p) else p, params)
@@ -162,6 +166,7 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
             raise ValueError("carry_remainder moves the parameters: call update(grads, state, params), got params=None")
         count = optax.safe_increment(_tree.checked_count(state.count))
         gs, outer = _tree.flatten(updates)
+        _tree.check_arrays("carry_remainder: parameter", params, _tree.flatten(params)[0])
         ps, rest = (
             _tree.match(outer, x, updates, what)
             for x, what in ((params, "parameters"), (state.remainder, "remainders"))
@@ -198,6 +203,7 @@ class RoundStochasticallyState(NamedTuple):
     count: Any
 
 
+@with_recipe
 def round_stochastically() -> optax.GradientTransformationExtraArgs:
     """Makes params + update land, for bfloat16 and float16 parameters, on one of the two neighbours of the exact sum.
 

@@ -3,11 +3,13 @@
 Where that costs little is measured on a running state by `state.suggest_sharing`; `state.share` does it.
 """
 
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from snr_adam._checks import check_pattern
 from snr_adam._tree import exportable
 
 
@@ -40,6 +42,15 @@ class Shared:
     noise: Any
     axes: Any
 
+    def __post_init__(self):
+        if callable(self.axes):
+            return
+        by_pattern = isinstance(self.axes, Mapping)
+        for pattern, axes in self.axes.items() if by_pattern else ((None, self.axes),):
+            if by_pattern:
+                check_pattern("Shared: axes", pattern)
+            _tuple_of(axes, "" if pattern is None else f" for {pattern!r}")
+
     def axes_of(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The axes of the parameter at `path` that share."""
         axes = self.axes
@@ -47,7 +58,20 @@ class Shared:
             axes = axes(path, shape)
         elif isinstance(axes, Mapping):
             axes = next((found for pattern, found in axes.items() if re.search(pattern, path)), ())
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        axes = _tuple_of(axes, f" for parameter {path!r}")
         if any(not -len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(f"Shared: axes {axes} for parameter {path!r} of shape {shape}: an axis is out of range")
         return tuple(sorted({axis % len(shape) for axis in axes}))
+
+
+def _tuple_of(axes, where: str) -> tuple[int, ...]:
+    """Axes as a tuple of ints."""
+    found = (axes,) if isinstance(axes, numbers.Integral) else axes
+    if not isinstance(found, (tuple, list)) or not all(
+        isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in found
+    ):
+        raise TypeError(
+            f"Shared: axes={axes!r}{where}: must be an int or a tuple of ints, a dict from patterns to these, or a "
+            "function of (path, shape) to these"
+        )
+    return tuple(map(int, found))

@@ -6,11 +6,11 @@ into an estimate of its mean, the *signal*:
     Gradient   g_t                                                  no memory: RMSProp, plain descent
     EMA        m_t / (1 - b1^t),  m_t = b1 m_{t-1} + (1-b1) g_t      Adam (Kingma & Ba 2014, Algorithm 1)
     Mean       the same number, kept as it is used                   with `noise.Spread` (Orvieto & Gower 2025)
+    FromFirst  m_t = b1 m_{t-1} + (1-b1) g_t from m_1 = g_1 on       BCOS (Jiang & Xiao 2025)
     Nesterov   the EMA one step ahead                                NAdam (Dozat 2016)
-    Mixture    a fast EMA + alpha times a slow one                   AdEMAMix (Pagliardini et al. 2024, eq. 2)
     Sign       the sign of an interpolation                          Lion (Chen et al. 2023, Algorithm 2)
 
-A numerator is a frozen dataclass that knows one array, never a tree:
+Those that keep two arrays are in `twofold.py`. A numerator is a frozen dataclass that knows one array, never a tree:
 
     init(p) -> state                         zeros like p; an array, a NamedTuple of arrays, or () for no memory
     at(t, dtype) -> numbers                  what step t = 1, 2, ... needs, computed once for all arrays
@@ -24,16 +24,34 @@ Two more, which the package's own have and telemetry uses where they are there:
 
     floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
     average(numbers) -> Average              how the first array of the memory follows the gradients, if it is linear
+    center(state, numbers) -> m              that array as a noise reads it: an average that is not corrected
+    sees(state, g, numbers) -> x             what signal and noise are estimated from, if not g itself; `update` has g
+
+Where a decay may change from step to step, averages that are corrected are kept corrected (`_numerics`): then m in the
+state is m^, and the weights of the gradients in it sum to 1 at every step.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 
 from snr_adam._checks import check_fields
-from snr_adam._numerics import Average, Decay, Hyper, Scalar, decay_at, lerp, moment_like, times, value_at
-from snr_adam._tree import exportable
+from snr_adam._numerics import (
+    Average,
+    Decay,
+    Hyper,
+    Scalar,
+    decay_at,
+    follow,
+    kept_at,
+    lerp,
+    moment_like,
+    times,
+    value_at,
+    weights_of,
+)
 
 
 @runtime_checkable
@@ -49,9 +67,17 @@ class Signal(Protocol):
     def estimate(self, state, g, numbers, /) -> tuple[Any, Any]: ...
 
 
-def _ema_floor(b, t):
+def _ema_floor(hyper: Hyper, t, corrected: bool = True):
     """(1-b)(1+b^t) / ((1+b)(1-b^t)): the sum of the squared weights of a bias-corrected EMA after t steps."""
-    return (1 - b) * (1 + b**t) / ((1 + b) * (1 - b**t))
+    if callable(hyper):
+        return float(np.sum(np.square(weights_of(hyper, t, corrected))))
+    b = value_at(hyper, t)
+    return (1 - b) * (1 + b**t) / ((1 + b) * (1 - b**t)) * (1.0 if corrected else (1 - b**t) ** 2)
+
+
+def uncorrected(m, k: Decay):
+    """An average as it would be if it were not kept corrected."""
+    return m if k.sum is None else times(m, k.sum)
 
 
 @dataclass(frozen=True)
@@ -87,10 +113,10 @@ class EMA:
         return moment_like(p, self.initial)
 
     def at(self, t, dtype):
-        return decay_at(self.b1, t, dtype)
+        return kept_at(self.b1, t, dtype, self.debias, self.initial)
 
     def update(self, m, g, k: Decay):
-        return lerp(m, g, k.gain)
+        return follow(m, g, k)
 
     def estimate(self, m, g, k: Decay):
         return m, k.debias if self.debias else 1.0
@@ -98,9 +124,11 @@ class EMA:
     def average(self, k: Decay):
         return Average(k.gain, k.gain, k.debias)
 
+    def center(self, m, k: Decay):
+        return uncorrected(m, k)
+
     def floor(self, t):
-        b1 = value_at(self.b1, t)
-        return _ema_floor(b1, t) * (1.0 if self.debias else (1 - b1**t) ** 2)
+        return _ema_floor(self.b1, t, self.debias)
 
 
 @dataclass(frozen=True)
@@ -130,11 +158,42 @@ class Mean:
         return Average(gain, gain, 1.0)
 
     def floor(self, t):
-        return _ema_floor(value_at(self.b1, t), t)
+        return _ema_floor(self.b1, t)
+
+
+@dataclass(frozen=True)
+class FromFirst:
+    """The EMA that starts at the first gradient: m_1 = g_1, whose weights sum to 1 without a correction."""
+
+    b1: Hyper = 0.9
+    __post_init__ = check_fields
+
+    def init(self, p):
+        return moment_like(p)
+
+    def at(self, t, dtype):
+        return jnp.where(t == 1, 1.0, decay_at(self.b1, t, dtype).gain).astype(dtype)
+
+    def update(self, m, g, gain):
+        return lerp(m, g, gain)
+
+    def estimate(self, m, g, gain):
+        return m, 1.0
+
+    def average(self, gain):
+        return Average(gain, gain, 1.0)
+
+    def floor(self, t):
+        if callable(self.b1):
+            raise ValueError("FromFirst.floor: of a decay that is a schedule there is no closed form")
+        b = value_at(self.b1, t)
+        newer = (1 - b) / (1 + b) * (1 - b ** (2 * (t - 1)))
+        return newer + b ** (2 * (t - 1))
 
 
 class _Lookahead(NamedTuple):
     m: Decay
+    new: Scalar
     scale: Scalar
     ahead: Scalar
 
@@ -151,75 +210,37 @@ class Nesterov:
         return moment_like(p)
 
     def at(self, t, dtype):
-        k = decay_at(self.b1, t, dtype)
+        k, kept = decay_at(self.b1, t, dtype), kept_at(self.b1, t, dtype, self.debias)
+        if not self.debias:
+            return _Lookahead(kept, k.gain, 1.0, k.gain)
         after = -1.0 / jnp.expm1((t.astype(dtype) + 1.0) * k.log)
-        # b1 k' m + (1-b1) k g = (b1 m + (1-b1) (k/k') g) k': one product per addition, see _numerics
-        return _Lookahead(k, after, k.gain * k.debias / after) if self.debias else _Lookahead(k, 1.0, k.gain)
+        # b1 k' m + (1-b1) k g = (b1 m + (1-b1) (k/k') g) k': one product per addition, see _numerics; kept corrected, m
+        # is m^ / k
+        scale = after if kept.sum is None else after * kept.sum
+        return _Lookahead(kept, k.gain, scale, k.gain * k.debias / scale)
 
     def update(self, m, g, k: _Lookahead):
         return lerp(m, g, k.m.gain)
 
     def estimate(self, m, g, k: _Lookahead):
-        return (m - times(m, k.m.gain)) + times(g, k.ahead), k.scale
+        return (m - times(m, k.new)) + times(g, k.ahead), k.scale
 
     def average(self, k: _Lookahead):
         return Average(k.m.gain, k.m.gain, k.m.debias)
 
+    def center(self, m, k: _Lookahead):
+        return uncorrected(m, k.m)
+
     def floor(self, t):
-        b = value_at(self.b1, t)
+        b = value_at(self.b1, jnp.int32(t))
+        if callable(self.b1):
+            w = weights_of(self.b1, t, self.debias)
+            ahead, now = (b * (1 - b**t) / (1 - b ** (t + 1)), (1 - b) / (1 - b**t)) if self.debias else (b, 1 - b)
+            return float(np.sum(np.square(ahead * w + now * (np.arange(t) == t - 1))))
         c = 1 - b
         ahead, now = (b / (1 - b ** (t + 1)), c / (1 - b**t)) if self.debias else (b, c)
         older = (ahead * c * b) ** 2 * (1 - b ** (2 * (t - 1))) / (1 - b * b)
         return (ahead * c + now) ** 2 + older
-
-
-@exportable
-class FastAndSlow(NamedTuple):
-    """The two moving averages of a `Mixture`."""
-
-    m1: Any
-    m2: Any
-
-
-class _Mix(NamedTuple):
-    fast: Decay
-    slow: Scalar
-    alpha: Scalar
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """m1 / (1 - b1^t) + alpha m2: a fast EMA and, without bias correction, a slow one of decay b3."""
-
-    b1: Hyper = 0.9
-    b3: Hyper = 0.9999
-    alpha: Hyper = 5.0
-    __post_init__ = check_fields
-
-    def init(self, p):
-        return FastAndSlow(moment_like(p), moment_like(p))
-
-    def at(self, t, dtype):
-        fast, slow = decay_at(self.b1, t, dtype), decay_at(self.b3, t, dtype)
-        return _Mix(fast, slow.gain, value_at(self.alpha, t, dtype) / fast.debias)
-
-    def update(self, m, g, k: _Mix):
-        return FastAndSlow(lerp(m.m1, g, k.fast.gain), lerp(m.m2, g, k.slow))
-
-    def estimate(self, m, g, k: _Mix):
-        return m.m1 + times(m.m2, k.alpha), k.fast.debias
-
-    def average(self, k: _Mix):
-        return Average(k.fast.gain, k.fast.gain, k.fast.debias)
-
-    def floor(self, t):
-        b1, b3 = value_at(self.b1, t), value_at(self.b3, t)
-        w1, w3 = (1 - b1) / (1 - b1**t), value_at(self.alpha, t) * (1 - b3)
-
-        def overlap(x, y):
-            return (1 - (x * y) ** t) / (1 - x * y)
-
-        return w1 * w1 * overlap(b1, b1) + 2 * w1 * w3 * overlap(b1, b3) + w3 * w3 * overlap(b3, b3)
 
 
 class _Interpolation(NamedTuple):
@@ -246,7 +267,7 @@ class Sign:
         return moment_like(p)
 
     def at(self, t, dtype):
-        look, m = decay_at(self.b1, t, dtype).gain, decay_at(self.b2, t, dtype)
+        look, m = decay_at(self.b1, t, dtype).gain, kept_at(self.b2, t, dtype, corrected=False)
         return _Interpolation(m, (look - m.gain) / (1.0 - m.gain))
 
     def update(self, m, g, k: _Interpolation):

@@ -15,6 +15,7 @@ because a wrapper does not forward them, or were copied on the way, by `jit`, a 
 the work is done from outside.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from snr_adam import storage as storages
-from snr_adam._numerics import Scalar, divide, saturate, times
-from snr_adam.noise import center
+from snr_adam._numerics import Scalar, divide, saturate, scaled_ratio, times
+from snr_adam.noise import center, squared
 
 
 class Stored(NamedTuple):
@@ -41,30 +42,23 @@ class Numbers(NamedTuple):
     zero: Any
 
 
-@jax.custom_jvp
-def _scaled_ratio(x, k, noise):
-    """k x / noise in one division, k a scalar array. Its derivative is that of the quotient also where k is 0."""
-    return divide(x, (1.0 / k) * noise)
-
-
-@_scaled_ratio.defjvp
-def _(given, change):
-    _, changed = jax.jvp(lambda x, k, noise: divide(times(x, k), noise), given, change)
-    return _scaled_ratio(*given), changed
-
-
 class Ratio(NamedTuple):
     """scale * signal / noise, before it is divided. A noise of 1.0 is no noise.
 
     Scalars join the noise before the division, so that an element costs one product, and the update ends in a division
     or an addition: its bits are then the same whether or not the compiler fuses it with `params + update`. Where it
     would end in a product, `zero` is added.
+
+    gradient: what signal and noise were estimated from. second(): the second moment that the noise is the root of,
+    corrected, without eps; of other noises their square.
     """
 
     signal: Any
     scale: Scalar
     noise: Any
     zero: Any
+    gradient: Any = None
+    second: Any = None
 
     @property
     def value(self):
@@ -77,7 +71,7 @@ class Ratio(NamedTuple):
             return times(self.signal, by * self.scale) + self.zero
         k = by * self.scale
         if isinstance(k, jax.Array):
-            return _scaled_ratio(self.signal, k, self.noise)
+            return scaled_ratio(self.signal, k, self.noise)
         return divide(self.signal, (1.0 / k) * self.noise) if k else divide(times(self.signal, k), self.noise)
 
 
@@ -141,12 +135,14 @@ OPEN = Gate(True)
 
 
 class Rule:
-    """The step of one array, for a fixed choice of signal, noise, storage and descent."""
+    """The step of one array up to the ratio, for a fixed choice of signal, noise and storage."""
 
-    def __init__(self, signal, noise, storage, descent):
-        self.signal, self.noise, self.descent = signal, noise, descent
+    def __init__(self, signal, noise, storage):
+        self.signal, self.noise = signal, noise
         self.storage = storages.resolve(storage)
         self.divides_first = getattr(noise, "divides_first", False)
+        self.divides_by_new = getattr(noise, "divides_by_new", False)
+        self.corrects = hasattr(signal, "sees")
 
     def init(self, p, shared: tuple[int, ...] = ()) -> Stored:
         """The moments before the first step; `shared` are the axes along which the noise has one entry for all."""
@@ -159,28 +155,44 @@ class Rule:
             nu = jnp.mean(nu, shared, keepdims=True)
         return Stored(*self.storage.encode(self.signal.init(p), nu, dither))
 
-    def averaged(self, x, old, k: Numbers):
-        """What the signal averages: the gradient, or its quotient by the noise before it."""
-        return divide(x, self.noise.estimate(old, x, k.noise, None)) if self.divides_first else x
+    def seen(self, x, stored: Stored, k: Numbers, dtype):
+        """What signal and noise are estimated from: the gradient, or what the signal makes of it and its memory."""
+        return self.signal.sees(self.storage.decode(*stored, dtype)[0], x, k.signal) if self.corrects else x
+
+    def averaged(self, x, nu, k: Numbers):
+        """What the signal averages: the gradient, or its quotient by a noise."""
+        return divide(x, self.noise.estimate(nu, x, k.noise, None)) if self.divides_first else x
+
+    def center(self, mu, k: Numbers):
+        """The average that a spread is measured around."""
+        own = getattr(self.signal, "center", None)
+        return own(mu, k.signal) if own else center(mu)
 
     def moments(self, x, stored: Stored, k: Numbers, dtype, dither, gate: Gate) -> Stored:
         """The moments after gradient x, for their rest."""
         old = Stored(*self.storage.decode(*stored, dtype))
-        mu = self.signal.update(old.mu, self.averaged(x, old.nu, k), k.signal)
-        nu = self.noise.update(old.nu, x, k.noise, center(mu))
+        if self.divides_by_new:
+            nu = self.noise.update(old.nu, x, k.noise, None)
+            mu = self.signal.update(old.mu, self.averaged(x, nu, k), k.signal)
+        else:
+            mu = self.signal.update(old.mu, self.averaged(x, old.nu, k), k.signal)
+            seen = self.signal.sees(old.mu, x, k.signal) if self.corrects else x
+            nu = self.noise.update(old.nu, seen, k.noise, self.center(mu, k))
         if gate is not OPEN:  # encoding what was decoded gives the bits that were there, see storage.py
             mu, nu = gate.choose((mu, nu), tuple(old))
         return Stored(*self.storage.encode(mu, nu, dither))
 
     def ratio(self, x, old: Stored, new: Stored, k: Numbers, dtype) -> Ratio:
         """Signal over noise of a step to the moments `new`, from what is stored: the step reads nothing twice."""
-        mu, nu = self.storage.decode(*new, dtype)
+        (mu, nu), x = self.storage.decode(*new, dtype), self.seen(x, old, k, dtype)
         if self.divides_first:
-            g, noise = self.averaged(x, self.storage.decode(*old, dtype)[1], k), 1.0
+            by = nu if self.divides_by_new else self.storage.decode(*old, dtype)[1]
+            g, noise = self.averaged(x, by, k), 1.0
         else:
-            g, noise = x, self.noise.estimate(nu, x, k.noise, center(mu))
+            g, noise = x, self.noise.estimate(nu, x, k.noise, self.center(mu, k))
         signal, scale = self.signal.estimate(mu, g, k.signal)
-        return Ratio(signal, scale, noise, k.zero)
+        second = functools.partial(squared, self.noise, nu, k.noise, self.center(mu, k), noise)
+        return Ratio(signal, scale, noise, k.zero, x, second)
 
     def at(self, t, dtype, zero) -> Numbers:
         return Numbers(self.signal.at(t, dtype), self.noise.at(t, dtype), zero)

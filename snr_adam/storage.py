@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._bits import float_of, round_to, word_of
-from snr_adam._checks import fault_of
+from snr_adam._contracts import fault_of
 from snr_adam._derivatives import without_derivative
 from snr_adam._tree import exportable
 
@@ -78,7 +78,8 @@ class Full:
 class Cast:
     """The signal's moments in dtype `mu`, the noise's in dtype `nu`; None leaves a moment as it is computed.
 
-    float32 to bfloat16 or float16 is rounded stochastically. Complex moments stay complex64.
+    float32 to bfloat16 or float16 is rounded stochastically. Complex moments stay complex64, or become so with the
+    dtype complex64, which for real ones is float32.
     """
 
     mu: Any = None
@@ -88,7 +89,7 @@ class Cast:
         for name in ("mu", "nu"):
             dtype = getattr(self, name)
             if dtype is not None:
-                if not _is_floating(dtype):
+                if not (_is_floating(dtype) or (name == "mu" and _is_complex(dtype))):
                     raise ValueError(
                         f"Cast({name}={dtype!r}): a moment needs a floating dtype, such as 'bfloat16' or 'float32'"
                     )
@@ -105,14 +106,19 @@ class Cast:
         return _cast(mu, self.mu, dither), _cast(nu, self.nu, lambda *which: dither(*which) >> 16)
 
     def decode(self, mu, nu, dtype):
-        return _cast(mu, self.mu and dtype), _cast(nu, self.nu and dtype)
+        wide = np.result_type(dtype, np.complex64) if self.mu and _is_complex(self.mu) else dtype
+        return _cast(mu, self.mu and wide), _cast(nu, self.nu and dtype)
 
 
-def _is_floating(dtype) -> bool:
+def _is_floating(dtype, kind=jnp.floating) -> bool:
     try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        return jnp.issubdtype(jnp.dtype(dtype), kind)
     except TypeError:
         return False
+
+
+def _is_complex(dtype) -> bool:
+    return _is_floating(dtype, jnp.complexfloating)
 
 
 def _cast(tree, dtype, dither=None):
@@ -126,7 +132,9 @@ def _cast(tree, dtype, dither=None):
 
 def _round(dtype, x, bits):
     if jnp.iscomplexobj(x):
-        return x
+        return x.astype(dtype) if _is_complex(dtype) else x
+    if _is_complex(dtype):
+        dtype = jnp.finfo(dtype).dtype
     if jnp.finfo(dtype).bits < 32:
         x = without_derivative(f"a moment of {x.dtype} that rests in {jnp.dtype(dtype).name} is rounded", x)
     limit = float(jnp.finfo(dtype).max)  # an infinite moment, as float16 makes of 1e5, never comes back

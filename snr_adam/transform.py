@@ -5,31 +5,29 @@ a step from around it: the gate of a `guard`, the look of an `observe`.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._bits import random_bits, seeds_at
-from snr_adam._checks import check_arguments, check_fit, check_part, in_range, is_mask
+from snr_adam._checks import check_arguments
 from snr_adam._compiler import unseen_zero, with_moments
+from snr_adam._contracts import check_fit, check_part
 from snr_adam._look import Look, Seen
-from snr_adam._numerics import Hyper, complex_like, compute_dtype, value_at
+from snr_adam._numerics import complex_like, compute_dtype
+from snr_adam._per_leaf import Descents, PerLeaf, Rate
+from snr_adam._recipe import with_recipe
 from snr_adam._state import ScaleBySnrState, fits, made_by, marked
-from snr_adam.descent import Decoupled, Descent, decays
+from snr_adam.descent import Decoupled
 from snr_adam.noise import RMS, Noise
 from snr_adam.shared import Shared, SharedNoise
 from snr_adam.signal import EMA, Signal
 from snr_adam.step import OPEN, Gate, Rule, Stored
 from snr_adam.storage import Name, Storage
-
-Rate: TypeAlias = Hyper | Mapping[Any, "Rate"] | list[Any] | tuple["Rate", ...]
-"""A learning rate: a number, a scalar array, a schedule, or a tree of these that is a prefix of the parameters."""
 
 
 class _Memory:
@@ -98,38 +96,6 @@ class _Memory:
         return marked(ScaleBySnrState(count, mu, nu), made)
 
 
-class _PerLeaf(NamedTuple):
-    """Learning rate, weight decay and the mask of the latter, as they were given."""
-
-    alpha: Any = None
-    weight_decay: Any = 0.0
-    mask: Any = None
-
-    def at(self, t, outer, updates, params) -> tuple[list, list]:
-        """alpha and lambda of every leaf."""
-
-        def resolve(hyper, name):
-            return jax.tree.map(lambda h: value_at(in_range(name, h), t), hyper, is_leaf=_tree.is_none)
-
-        if self.alpha is None:
-            return [None] * outer.num_leaves, [0.0] * outer.num_leaves
-        alphas = _tree.spread(resolve(self.alpha, "learning_rate"), outer, updates, "learning_rate")
-        decay = resolve(self.weight_decay, "weight_decay")
-        if self.mask is None:
-            return alphas, [decay] * outer.num_leaves
-        mask = self.mask(updates if params is None else params) if callable(self.mask) else self.mask
-        masks = _tree.spread(mask, outer, updates, "mask")
-        for (path, _), on in zip(_tree.named_leaves(updates), masks, strict=True):
-            if not is_mask(on):
-                raise TypeError(f"mask at {path} is {on!r}: must be True or False, whether this parameter decays")
-        return alphas, [_select(on, decay) for on in masks]
-
-
-def _select(on, decay):
-    """decay where the mask is on, else 0; decided now if the mask is known now. A frozen parameter's mask is None."""
-    return (decay if on else 0.0) if on is None or isinstance(on, (bool, np.bool_)) else jnp.where(on, decay, 0.0)
-
-
 def _in(dtype, x):
     """A scalar in `dtype`; Python floats take the dtype of what they meet."""
     return x.astype(dtype) if isinstance(x, jax.Array) else x
@@ -144,10 +110,9 @@ def wrong_state(state) -> TypeError:
     )
 
 
-def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationExtraArgs:
+def _lift(memory: _Memory, per_leaf: PerLeaf) -> optax.GradientTransformationExtraArgs:
     """The step of one array as a pure (init, update) pair over trees."""
     rule = memory.rule
-    needs_params = per_leaf.alpha is not None and (rule.descent.needs_params or decays(per_leaf.weight_decay))
 
     def init(params):
         leaves, outer = _tree.flatten(params)
@@ -166,16 +131,12 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
         rows = memory.split(outer, updates, state)
         ps = [None] * len(leaves) if params is None else _tree.match(outer, params, updates, "parameters")
         _tree.check_leaves(updates, leaves, rows, ps, memory.kept, shared)
-        if params is None and needs_params:
-            raise ValueError(
-                "weight decay and trust ratios need the parameters: call update(grads, state, params), got params=None"
-            )
-        alphas, lambdas = per_leaf.at(t, outer, updates, params)
+        alphas, lambdas, descents = per_leaf.at(t, outer, updates, params)
         seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
         numbers = functools.cache(lambda dtype: rule.at(t, dtype, unseen_zero(t, dtype)))
         paths = _tree.keys(updates) if look is not None else [""] * len(leaves)
 
-        def leaf(number, path, given, stored, p, alpha, decay):
+        def leaf(number, path, given, stored, p, alpha, decay, descent):
             if given is None:
                 return None, stored
             g = _tree.jax_array(given)
@@ -191,13 +152,13 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
             p = None if p is None else _tree.jax_array(p).astype(wide)
             alpha, decay = _in(dtype, alpha), _in(dtype, decay)
             if look is not None:
-                look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay))
-            u = ratio.value if alpha is None else rule.descent.update(ratio, p, alpha, decay)
+                look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay, descent))
+            u = ratio.value if alpha is None else descent.update(ratio, p, alpha, decay)
             if rule.divides_first and g.dtype.itemsize < 4:
                 u = with_moments(u, new.nu, t)
             return u.astype(g.dtype), new
 
-        each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, strict=True)
+        each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, descents, strict=True)
         new = [leaf(*row) for row in each]
         count = t if gate is OPEN else gate.choose(t, state.count)
         after = memory.join(outer, [stored for _, stored in new], count, shared, state.made)
@@ -208,16 +169,17 @@ def _lift(memory: _Memory, per_leaf: _PerLeaf) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _build(owner: str, signal, noise, storage, descent, per_leaf=_PerLeaf()):
+def _build(owner: str, signal, noise, storage, per_leaf=PerLeaf()):
     axes_of = noise.axes_of if isinstance(noise, Shared) else None
     inside, inside_of = (noise.noise, f"{owner}: Shared") if isinstance(noise, Shared) else (noise, owner)
     check_part(owner, "signal", signal, Signal, "EMA(0.9)")
     check_part(inside_of, "noise", inside, Noise, "RMS(0.999)")
-    check_part(owner, "descent", descent, Descent, "Decoupled()")
     check_fit(inside_of, signal, inside)
-    return _lift(_Memory(Rule(signal, inside, storage, descent), axes_of), per_leaf)
+    per_leaf.check(owner)
+    return _lift(_Memory(Rule(signal, inside, storage), axes_of), per_leaf)
 
 
+@with_recipe
 def scale_by_snr(
     signal: Signal = EMA(), noise: Noise | Shared = RMS(), storage: Name | Storage = "float32"
 ) -> optax.GradientTransformationExtraArgs:
@@ -248,17 +210,18 @@ def scale_by_snr(
 
     Reference: Kingma & Ba, Adam, arXiv 1412.6980, Algorithm 1 and section 2.1.
     """
-    return _build("scale_by_snr", signal, noise, storage, Decoupled())
+    return _build("scale_by_snr", signal, noise, storage)
 
 
+@with_recipe
 def descend(
     learning_rate: Rate,
     signal: Signal = EMA(),
     noise: Noise | Shared = RMS(),
     *,
-    weight_decay: Hyper = 0.0,
+    weight_decay: Rate = 0.0,
     mask: Any = None,
-    descent: Descent = Decoupled(),
+    descent: Descents = Decoupled(),
     storage: Name | Storage = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """The whole step: u = -alpha (signal / noise + lambda p).
@@ -268,10 +231,12 @@ def descend(
         is a prefix of the parameters.
       signal: a numerator of `snr_adam.signal`.
       noise: a denominator of `snr_adam.noise`.
-      weight_decay: lambda, decoupled from signal and noise (Loshchilov & Hutter 2019). A float, a scalar array or a
-        schedule.
+      weight_decay: lambda, decoupled from signal and noise (Loshchilov & Hutter 2019). A float, a scalar array, a
+        schedule, or a tree of these that is a prefix of the parameters.
       mask: which parameters decay: a tree of bools that is a prefix of the parameters, or a function from them to one.
-      descent: what is done with the ratio, a part of `snr_adam.descent`: `Decoupled()`, or `TrustRatio()` for LAMB.
+        `mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)` leaves out norms and biases.
+      descent: what is done with the ratio, a part of `snr_adam.descent`: `Decoupled()`, `TrustRatio()` for LAMB, or
+        `CautiousDecay()`; or a tree of them that is a prefix of the parameters, or a function from them to one.
       storage: how the moments rest between steps.
 
     Returns:
@@ -288,5 +253,5 @@ def descend(
     >>> print(updates.round(1))
     [-1.5  2. ]
     """
-    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay})
-    return _build("descend", signal, noise, storage, descent, _PerLeaf(learning_rate, weight_decay, mask))
+    check_arguments("descend", {"learning_rate": learning_rate, "weight_decay": weight_decay, "mask": mask})
+    return _build("descend", signal, noise, storage, PerLeaf(learning_rate, weight_decay, mask, descent))

@@ -3,6 +3,7 @@
 A new estimator or preset is one row here.
 """
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -17,22 +18,36 @@ import snr_adam
 from snr_adam.parts import (
     EMA,
     RMS,
+    Adapted,
+    Arctangent,
     Belief,
     Cast,
+    CautiousDecay,
+    CautiousUpdate,
+    ClippedUpdate,
+    CorrectedDecay,
+    Decoupled,
     Deviation,
+    FromFirst,
+    FromMean,
     Full,
     Gradient,
+    Hyperball,
+    IndependentDecay,
     Infinity,
     Maximum,
     Mean,
     Mixture,
     Nesterov,
+    Normalized,
     Packed,
     Previous,
     Rectified,
     Sign,
     Spread,
+    TrustRatio,
     Unit,
+    VarianceReduced,
     Yogi,
 )
 
@@ -45,6 +60,8 @@ SIGNALS = {
     "nesterov_raw": Nesterov(0.9, debias=False),
     "mixture": Mixture(0.9, 0.999, 5.0),
     "sign": Sign(0.9, 0.99),
+    "from_first": FromFirst(0.9),
+    "variance_reduced": VarianceReduced(0.95, 0.025),
 }
 NOISES = {
     "rms": RMS(0.999),
@@ -60,17 +77,33 @@ NOISES = {
     "deviation_debiased": Deviation(0.9, eps_in_sqrt=False, debias=True),
     "spread": Spread(0.95),
     "unit": Unit(),
+    "normalized": Normalized(0.999),
+    "adapted": Adapted(0.95),
+    "from_mean": FromMean(0.9, 0.95),
+    "from_mean_alone": FromMean(0.9),
+}
+DESCENTS = {
+    "decoupled": Decoupled(),
+    "trust_ratio": TrustRatio(),
+    "hyperball": Hyperball(),
+    "cautious_decay": CautiousDecay(),
+    "independent_decay": IndependentDecay(0.1),
+    "corrected_decay": CorrectedDecay(0.1),
+    "cautious_update": CautiousUpdate(),
+    "clipped_update": ClippedUpdate(),
+    "arctangent": Arctangent(),
+    "nested": ClippedUpdate(then=CautiousUpdate(CorrectedDecay(0.1, CautiousDecay(TrustRatio())))),
 }
 
 
 def go_together(signal, noise) -> bool:
-    """Whether the noise measures around something that this signal keeps; see `_checks.check_fit`."""
+    """Whether the noise measures around something that this signal keeps; see `_contracts.check_fit`."""
     return not (hasattr(noise, "misfit") and noise.misfit(signal))
 
 
 def signal_for(noise: str):
     """The EMA, or the signal that this noise measures around."""
-    return SIGNALS["mean" if noise == "spread" else "ema"]
+    return SIGNALS["mean" if noise in ("spread", "adapted") else "ema"]
 
 
 STORAGES = {
@@ -101,8 +134,21 @@ PRESETS = {
         "ademamix",
         "lamb",
         "centered_adam",
+        "stable_adamw",
+        "cautious_adamw",
+        "adamc",
+        "adam_atan2",
+        "laprop",
+        "adams",
+        "bcos",
+        "mars",
+        "adamh",
+        "msvag",
     )
 }
+
+# those whose step takes a norm, a mean or a count of the whole array
+SUMS = ("lamb", "stable_adamw", "cautious_adamw", "mars", "adamh")
 
 
 def tree(seed: int = 0, dtype=None, scale: float = 1.0):
@@ -126,6 +172,33 @@ def gradients(steps: int, seed: int = 1, dtype=None):
 def stacked(steps: int, seed: int = 1, dtype=None):
     """`gradients` as one tree whose leaves have a leading axis of length `steps`, for `run`."""
     return jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *gradients(steps, seed, dtype))
+
+
+def _known(option: str, value) -> bool:
+    """Whether this XLA has the option."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+# Tests of what a program computes, to a tolerance, spend most of their time in XLA, and an unoptimized program is as
+# good as another: without MLIR, LLVM's passes and a module per kernel, compiling takes a fifth. Tests of bits between
+# programs, of bytes and of what the compiler makes of a trick compile as users do.
+QUICK = {
+    option: value
+    for option, value in {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }.items()
+    if _known(option, value)
+}
+# ... and the same for programs that run for long
+FAST = {option: value for option, value in QUICK.items() if option != "xla_backend_optimization_level"}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def run(tx, params, grads, compiler_options=None):

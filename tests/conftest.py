@@ -1,7 +1,25 @@
 """Eight CPU devices for every test, and fixtures for 64-bit and strict promotion."""
 
+import atexit
+import gc
+import os
+import shutil
+import sys
+import tempfile
+
+if sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ:
+    # Workers and the fresh processes of several tests import JAX; where bytecode may not be written, they would all
+    # compile it again, 2 s each. They share a folder that goes with the session.
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+
 import jax
 import pytest
+
+# tracing makes millions of objects that live; looking through them for cycles every 700 was a tenth of the suite's time
+gc.set_threshold(200_000, 20, 20)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")

@@ -6,23 +6,27 @@ A new kind of state is one row of RUNS.
 """
 
 import functools
+import gc
 import json
 import pathlib
 import pickle
+import shutil
 import sys
 
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
-from cases import gradients, tree
+from cases import gradients, quick_jit, tree
 
 import snr_adam
 from snr_adam.parts import RMS, Cast, Shared
 from snr_adam.state.files import restore_state, save_state
 
 STEPS = 20
+KEPT = 10  # of the checkpoints that are saved for ever
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
+DECAY = optax.linear_schedule(0.5, 0.99, STEPS)
 # name -> the parameters' dtype, the optimizer
 RUNS = {
     "float32": ("float32", lambda: snr_adam.adamw(0.1)),
@@ -36,6 +40,8 @@ RUNS = {
     "two in nu": ("float32", lambda: snr_adam.amsgrad(0.1, storage="bfloat16")),
     "two in mu": ("float32", lambda: snr_adam.ademamix(0.1, storage="bfloat16")),
     "none in nu": ("bfloat16", lambda: snr_adam.lion(0.01, storage="bfloat16")),
+    "a gradient in mu": ("float32", lambda: snr_adam.mars(0.1, storage="bfloat16")),
+    "decays in time": ("float32", lambda: snr_adam.adamw(0.1, b1=DECAY, b2=DECAY, storage="packed")),
     "schedules": ("float32", lambda: snr_adam.adamw(SCHEDULE, weight_decay=SCHEDULE, storage="packed")),
     "carry 16": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(0.1, storage="packed"))),
     "carry 8": ("bfloat16", lambda: snr_adam.carry_remainder(snr_adam.adamw(SCHEDULE, storage="bfloat16"), "8")),
@@ -63,7 +69,7 @@ def data(dtype):
 def _stepper(name):
     tx = RUNS[name][1]()
 
-    @jax.jit
+    @quick_jit
     def step(run, grads):
         params, state = run
         updates, state = tx.update(grads, state, params)
@@ -109,7 +115,8 @@ def raw(run):
 def resume(folder: pathlib.Path):
     """Goes on from every checkpoint: how many runs did, and which ended otherwise than the uninterrupted one."""
     at = sorted(int(file.stem) for file in folder.glob("*.pickle"))
-    ends, like = pickle.loads((folder / "ends").read_bytes()), {name: start(name) for name in RUNS}
+    ends = pickle.loads((folder / "ends").read_bytes())
+    like = {name: jax.eval_shape(functools.partial(start, name)) for name in RUNS}
     resumed, wrong, gone = 0, [], {}
     for form, read in READ.items():
         for k in at:
@@ -124,19 +131,33 @@ def resume(folder: pathlib.Path):
     return {"resumed": resumed, "wrong": wrong}
 
 
-def save_for_ever(directory, first: int, done):
-    """Saves one state after the other, each recognisable, and reports the steps that are on disk."""
-    step = first
+def save_for_ever(directory, who: int, done):
+    """Saves one state after the other, each recognisable, and tells the steps that it has saved.
+
+    Another process does the same in this directory, and takes some of the steps. The last KEPT of them are kept.
+    """
     while True:
-        save_state(directory, step, recognisable(step))
-        done.send(step)
-        step += 1
+        there = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+        for old in there[:-KEPT]:
+            shutil.rmtree(directory / str(old), ignore_errors=True)
+        step = max(there, default=0) + 1
+        try:
+            save_state(directory, step, recognisable(step, who))
+        except ValueError as error:
+            if "has a checkpoint" not in str(error):
+                raise
+        else:
+            done.send(step)
 
 
-def recognisable(step: int):
-    """A state that says in every element which step it is of."""
-    return {"w": jnp.full((128, 128), step, jnp.float32), "count": jnp.int32(step), "m": [jnp.full(1000, -step)] * 2}
+def recognisable(step: int, who: int):
+    """A state that says in every element which step it is of, and who has saved it."""
+    return {
+        "w": jnp.full((128, 128), step, jnp.float32),
+        **{"count": jnp.int32(step), "who": jnp.int32(who), "m": [jnp.full(1000, -step), jnp.full(1000, who)]},
+    }
 
 
 if __name__ == "__main__":
+    gc.disable()  # a process of half a minute that traces a lot
     print(json.dumps(resume(pathlib.Path(sys.argv[1]))))

@@ -17,7 +17,9 @@ STORAGES = ("adamw", "adamw bfloat16", "adamw packed")
 LEAST = {"adamw": (28, 22), "adamw bfloat16": (20, 14), "adamw packed": (20, 14)}
 ORDERS = ("observe({})", "observe(guard({}))", "guard(observe({}))")
 WATCHED = [form.format(name) for name in STORAGES for form in ORDERS] + ["observe(optax.adamw)"]
-OTHERS = [name for name in compiled.OTHERS if name not in ("accumulate", "apply_accumulated")]
+# a sum over the whole comes before the update, and what it was made of waits in memory: no promise
+WAITING = ("cautious_adamw", "mars", "adamh")
+OTHERS = [name for name in compiled.OTHERS if name not in ("accumulate", "apply_accumulated", *WAITING)]
 
 pytestmark = pytest.mark.accelerators
 

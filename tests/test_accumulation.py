@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import gradients, tree
+from cases import gradients, quick_jit, tree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -52,8 +52,8 @@ def _means(pieces):
 def test_the_result_is_that_of_one_large_batch(inner):
     """Three steps of four pieces each, against three steps with the mean taken in float64."""
     tx, pieces = snr_adam.accumulate(inner, EVERY), list(gradients(3 * EVERY))
-    params, state = _run(jax.jit(_step(tx)), tree(), tx.init(tree()), pieces)
-    want, want_inner = _run(jax.jit(_step(inner)), tree(), inner.init(tree()), _means(pieces))
+    params, state = _run(quick_jit(_step(tx)), tree(), tx.init(tree()), pieces)
+    want, want_inner = _run(quick_jit(_step(inner)), tree(), inner.init(tree()), _means(pieces))
     for x, y in zip(jax.tree.leaves((params, state.inner)), jax.tree.leaves((want, want_inner)), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
     assert (state.count, state.steps) == (0, 3)
@@ -61,7 +61,7 @@ def test_the_result_is_that_of_one_large_batch(inner):
 
 def test_a_piece_that_only_accumulates_changes_nothing_else():
     tx = snr_adam.accumulate(snr_adam.adamw(0.1), EVERY)
-    step = jax.jit(tx.update)
+    step = quick_jit(tx.update)
     state = tx.init(tree())
     for i, grads in enumerate(gradients(2 * EVERY), 1):
         updates, new = step(grads, state, tree())
@@ -116,7 +116,7 @@ def test_the_squares_are_those_of_the_last_piece_and_of_the_mean():
     """And together they find the noise that was put in: their expectations are those of the docstring."""
     size, n, b, rng = 4096, 4, 8, np.random.default_rng(0)
     mean, tx = 0.05, snr_adam.accumulate(optax.sgd(0.0), n)
-    step, state, found = jax.jit(tx.update), tx.init(jnp.zeros(size)), []
+    step, state, found = quick_jit(tx.update), tx.init(jnp.zeros(size)), []
     for _ in range(30):
         pieces = rng.normal(mean, 1.0, (n, b, size)).mean(1).astype("float32")
         for g in pieces:
@@ -136,7 +136,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     """256 pieces of 2^-8 after one of 1: in bfloat16 the sum would stay at 1. Updates keep the inner's dtype."""
     for inner, dtype in ((optax.sgd(1.0), jnp.bfloat16), (snr_adam.carry_remainder(optax.sgd(1.0)), jnp.float32)):
         tx, w = snr_adam.accumulate(inner, 257), jnp.zeros((), jnp.bfloat16)
-        step, state = jax.jit(tx.update), tx.init(w)
+        step, state = quick_jit(tx.update), tx.init(w)
         for g in [1.0] + 256 * [2.0**-8]:
             updates, state = step(jnp.bfloat16(g), state, w)
         assert updates.dtype == dtype

@@ -8,6 +8,7 @@ optimizer, inside of the other wrapper: what is reported is what the moments see
 import functools
 import itertools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def run(txs: dict, names):
 
         return jax.lax.scan(step, {key: (params(names), tx.init(params(names))) for key, tx in txs.items()}, grads)[0]
 
-    return jax.jit(all_steps, compiler_options={"xla_backend_optimization_level": 0})(gradients(names))
+    return cases.quick_jit(all_steps)(gradients(names))
 
 
 def ours(storage):

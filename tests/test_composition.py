@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from cases import PRESETS
+from cases import PRESETS, quick_jit
 
 import snr_adam
 
@@ -46,7 +46,7 @@ def _run(tx, grads, dtype="float32"):
 
 def _compiled(tx):
     """`tx` with its update compiled as one program: quicker where it holds a `lax.cond`."""
-    return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    return optax.GradientTransformationExtraArgs(tx.init, quick_jit(tx.update))
 
 
 def _assert_close(got, want, rtol=1e-5, atol=1e-9):
@@ -126,7 +126,7 @@ def _descend(name, wrap, pack, fast, unpack):
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=40)
         return unpack(state, params)
 
-    return float(abs(jax.jit(descend)(pack(jnp.float32(1.0))) - 2.0))
+    return float(abs(quick_jit(descend)(pack(jnp.float32(1.0))) - 2.0))
 
 
 @pytest.mark.parametrize("name", ["adamw", "ademamix", "rmsprop", "lion"])
@@ -175,13 +175,13 @@ def test_injected_hyperparams_change_nothing(name, dtype):
         assert held == jnp.float32(value), key
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamc"])  # a schedule needs its peak
 def test_changing_an_injected_number_takes_effect_without_compiling(name):
     make = PRESETS[name][0]
-    decay = {"rmsprop": "decay", "centered_adam": "b"}.get(name, "b2")
+    decay = next(b for b in ("b2", "b", "decay") if b in inspect.signature(make).parameters)
     tx = optax.inject_hyperparams(make)(0.01)
     params, (g1, g2, g3) = jnp.ones(3), jnp.array([[1.0, -2.0, 0.5], [3.0, 1.0, -0.5], [-1.0, 1.0, 2.0]])
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     _, state = update(g1, tx.init(params), params)
     state.hyperparams["learning_rate"] = jnp.float32(0.02)
     state.hyperparams[decay] = jnp.float32(0.5)
@@ -189,10 +189,14 @@ def test_changing_an_injected_number_takes_effect_without_compiling(name):
     got, _ = update(g3, state, params)
     assert update._cache_size() == 1
 
-    plain, changed = make(0.01), make(0.02, **{decay: 0.5})
-    _, state = plain.update(g1, plain.init(params), params)
-    _, state = changed.update(g2, state, params)
-    want, _ = changed.update(g3, state, params)
+    def after_one(then, now):
+        return lambda count: jnp.where(count < 1, now, then)
+
+    before = inspect.signature(make).parameters[decay].default
+    scheduled = make(after_one(0.02, 0.01), **{decay: after_one(0.5, before)})
+    state = scheduled.init(params)
+    for g in (g1, g2, g3):
+        want, state = scheduled.update(g, state, params)
     _assert_close(got, want, rtol=1e-4, atol=1e-8)
 
 
@@ -213,7 +217,7 @@ def test_schedules_are_the_same_injected(name):
 def test_a_traced_learning_rate_does_not_compile_again(name):
     params, grads = jnp.ones(3), jnp.array([1.0, -2.0, 0.5])
 
-    @jax.jit
+    @quick_jit
     def step(learning_rate, state):
         return PRESETS[name][0](learning_rate).update(grads, state, params)
 
@@ -241,7 +245,9 @@ def test_a_traced_learning_rate_does_not_compile_again(name):
 def test_options_stay_what_they_are_when_injected(name, options):
     make = PRESETS[name][0]
     got, state = _run(optax.inject_hyperparams(make)(0.01, **options), _gradients())
-    _assert_close(got, _run(make(0.01, **options), _gradients())[0], rtol=1e-4, atol=1e-8)
+    narrow = "mu_dtype" in options or "storage" in options  # a corrected average rounds in other places
+    rtol, atol = (2.0**-6, 1e-4) if narrow else (1e-4, 1e-8)
+    _assert_close(got, _run(make(0.01, **options), _gradients())[0], rtol, atol)
     static = {key for key, value in options.items() if isinstance(value, (bool, str, type))}
     assert not static & set(state.hyperparams)
 

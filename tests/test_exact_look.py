@@ -34,7 +34,7 @@ def seen(tx, params, grads):
     def is_observed(x):
         return isinstance(x, snr_adam.telemetry.ObserveState)
 
-    rows, inner = jax.jit(lambda p, gs: jax.lax.scan(step, (p, tx.init(p)), gs)[1])(params, grads)
+    rows, inner = cases.fast_jit(lambda p, gs: jax.lax.scan(step, (p, tx.init(p)), gs)[1])(params, grads)
     return Last(*np.moveaxis(np.asarray(rows, float), 1, 0)), inner
 
 
@@ -93,7 +93,7 @@ def full_batch(tx, steps: int, looks: int, spoil: bool):
         u, state = tx.update(g, state, p)
         return optax.apply_updates(p, u), state
 
-    run = jax.jit(lambda carry, first: jax.lax.fori_loop(first, first + steps // looks, step, carry))
+    run = cases.fast_jit(lambda carry, first: jax.lax.fori_loop(first, first + steps // looks, step, carry))
     carry, found = (params, tx.init(params)), []
     for k in range(looks):
         carry = run(carry, k * (steps // looks))

@@ -176,6 +176,7 @@ def test_l1_tells_the_noise_scale_in_adams_geometry(scales, step):
     assert found == pytest.approx(exact, rel=0.25)
 
 
+@pytest.mark.slow  # for what it is measured on; that an estimate is never negative is in test_noise_scale.py
 def test_noise_scales_are_never_negative(scales):
     looks = [look for step in scales for look in scales[step]]
     assert min(min(look.scalars.value, look.l1.value, look.exact, look.l1_exact) for look in looks) >= 0

@@ -1,5 +1,6 @@
 """A history gives back what was appended, also from a file, and refuses reports that do not belong to it."""
 
+import io
 import json
 import os
 import re
@@ -160,6 +161,124 @@ def test_other_files_are_refused(tmp_path):
             History.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         History.load(tmp_path / "none.npz")
+
+
+def lines_of(text, *numbers):
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[n] for n in numbers)
+
+
+def old(text):
+    """As it was written before the first line said what follows."""
+    first, *rest = text.splitlines(keepends=True)
+    said = json.loads(first)
+    return json.dumps({key: said[key] for key in ("format", "names")}) + "\n" + "".join(rest)
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, format="snr_adam history, version 1", **arrays)
+    return file.getvalue()
+
+
+def npy():
+    file = io.BytesIO()
+    np.save(file, np.ones(3))
+    return file.getvalue()
+
+
+TWO = {"steps": [1, 2], "names": ["a"], "columns/noise": np.ones((2, 1)), "total/noise": np.ones(2)}
+IN_PIECES = {
+    "run.npz": {
+        "cut": (lambda data: data[: len(data) // 2], "no zip file"),
+        "cut at the end": (lambda data: data[:-1], "no zip file|"),
+        "empty": (lambda _: b"", "no zip file"),
+        "another kind of file": (lambda _: b"steps,noise", "no zip file"),
+        "an array": (lambda _: npy(), "no zip file"),
+        "one bit": (lambda data: data[:582] + bytes([data[582] ^ 1]) + data[583:], ""),
+        "nothing in it": (lambda _: npz(), "names"),
+        "steps that fall": (lambda _: npz(**TWO | {"steps": [2, 1]}), "step 1 comes after step 2"),
+        "a step twice": (lambda _: npz(**TWO | {"steps": [2, 2]}), "step 2 comes after step 2"),
+        "steps that are none": (lambda _: npz(**TWO | {"steps": [1.5, 2.0]}), "1.5 is no step"),
+        "a column cut": (lambda _: npz(**TWO | {"columns/noise": np.ones((1, 1))}), r"noise has shape \(1, 1\) for 2"),
+        "a total too long": (lambda _: npz(**TWO | {"total/noise": np.ones(3)}), r"total/noise has shape \(3,\) for 2"),
+        "words": (lambda _: npz(**TWO | {"columns/noise": np.array([["x"], ["y"]])}), "columns/noise is of <U1"),
+        "objects": (lambda _: npz(**TWO | {"steps": np.array([{}], object)}), "Object arrays cannot be loaded"),
+    },
+    "run.jsonl": {
+        "cut": (lambda text: text[:-20], "has crc32 .* where its first line says"),
+        "cut after a line": (lambda text: lines_of(text, 0, 1, 2), "has reports 2 where its first line says 3"),
+        "cut in the first line": (lambda text: text[:9], "Unterminated string|Expecting"),
+        "one digit": (lambda text: text.replace("2.5", "2.6"), "has crc32"),
+        "lines exchanged": (lambda text: lines_of(text, 0, 2, 1, 3), "has crc32"),
+        "no text": (lambda _: b"\xff\xfe\x00", "utf-8"),
+        "names that are none": (lambda text: old(text).replace('["a", "b"]', '"ab"'), "names are 'ab'"),
+        "an old file, cut": (lambda text: old(text)[:-20], "Unterminated string|Expecting"),
+        "an old file, lines exchanged": (lambda text: lines_of(old(text), 0, 2, 1), "step 1 comes after step 2"),
+        "an old file, a line twice": (lambda text: lines_of(old(text), 0, 1, 1), "step 1 comes after step 1"),
+        "an old file, a key less": (lambda text: old(text).replace('"total"', '"totals"'), "total"),
+        "an old file, a list": (lambda text: lines_of(old(text), 0) + "[]\n", "list indices"),
+        "an old file, a word": (lambda text: old(text).replace("2.5", '"x"'), "could not convert string"),
+        "an old file, no step": (lambda text: old(text).replace('"step": 2', '"step": 2.5'), "2.5 is no step"),
+    },
+}
+
+
+@pytest.mark.parametrize(("file", "kind"), [(file, kind) for file, kinds in IN_PIECES.items() for kind in kinds])
+def test_a_file_in_pieces_is_one_error(file, kind, tmp_path):
+    """With its path, what is wrong and what to do."""
+    change, wrong = IN_PIECES[file][kind]
+    path = tmp_path / file
+    History(one(step, noise=[2.5, step]) for step in (1, 2, 3)).save(path)
+    whole = path.read_bytes() if file == "run.npz" else path.read_text()
+    changed = change(whole)
+    assert changed != whole
+    path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(path))} is damaged or was cut short \(.*{wrong}.*\): take an"
+    ):
+        History.load(path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_changed_byte_changes_no_number(file, tmp_path):
+    """At every place: it is told, or nobody reads it."""
+    history, path = History(one(step, noise=[2.5, step]) for step in (1, 2, 3)), tmp_path / file
+    history.save(path)
+    whole, told = path.read_bytes(), 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        try:
+            read = History.load(path)
+        except ValueError as error:
+            told += str(error).startswith(str(path))
+            continue
+        read.names = history.names  # of which a .jsonl file keeps no checksum
+        assert_same(read, history)
+    assert told > len(whole) / 14, "a few bytes are read by nobody"
+
+
+def test_an_older_file_is_read(tmp_path):
+    path, history = tmp_path / "run.jsonl", History(one(step) for step in (1, 2))
+    history.save(path)
+    path.write_text(old(path.read_text()))
+    assert_same(History.load(path), history)
+
+
+def test_a_users_home_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    History([one()]).save("~/run.npz")
+    assert_same(History.load("~/run.npz"), History([one()]))
+    assert (tmp_path / "run.npz").exists()
+
+
+@pytest.mark.parametrize("state", [{"w": 1.0}, [one()], None, 3.0], ids=["dict", "list", "None", "number"])
+def test_what_is_no_report_is_refused(state):
+    match = (
+        rf"takes a report and got a {type(state).__name__}, which has no step: write history.append\(snr_adam.report"
+    )
+    with pytest.raises(TypeError, match=match):
+        History().append(state)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from cases import PRESETS
+from cases import PRESETS, quick_jit
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
@@ -38,7 +38,7 @@ def _assert_falls(losses):
 def _plain(tx, params, loss):
     """The losses of the same training on a plain tree of parameters."""
 
-    @jax.jit
+    @quick_jit
     def step(params, state):
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params)
@@ -134,7 +134,7 @@ def test_linen_train_state(name):
     def loss(params):
         return jnp.mean((model.apply({"params": params}, X) - Y) ** 2)
 
-    @jax.jit
+    @quick_jit
     def step(state):
         value, grads = jax.value_and_grad(loss)(state.params)
         return state.apply_gradients(grads=grads), value
@@ -199,7 +199,7 @@ def _one_step(tx):
 
 
 def _after(tx, steps, params=PARAMS):
-    state, step = tx.init(params), jax.jit(_one_step(tx))
+    state, step = tx.init(params), quick_jit(_one_step(tx))
     for _ in range(steps):
         params, state = step(params, state)
     return params, state
@@ -219,7 +219,7 @@ def test_orbax_restores_every_bit(name, tmp_path):
     saved = _after(tx, 2)
     params, state = _through_orbax(tmp_path, saved, (PARAMS, tx.init(PARAMS)))
     _assert_equal((params, state), saved)
-    step = jax.jit(_one_step(tx))
+    step = quick_jit(_one_step(tx))
     for _ in range(2):
         params, state = step(params, state)
     _assert_equal((params, state), _after(tx, 4))
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_optax_goes_on_here(name, tmp_path):
     params, old = _after(theirs, 3)
     state = _through_orbax(tmp_path, old, ours.init(PARAMS))
     assert jax.tree.structure(state) == jax.tree.structure(ours.init(PARAMS))
-    got, want = jax.jit(_one_step(ours))(params, state), jax.jit(_one_step(theirs))(params, old)
+    got, want = quick_jit(_one_step(ours))(params, state), quick_jit(_one_step(theirs))(params, old)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 

@@ -34,7 +34,7 @@ def weights(b, steps):
 
 def updates_of(tx, gradients):
     gradients = jnp.asarray(gradients)
-    return np.asarray(cases.run(tx, jnp.zeros_like(gradients[0]), gradients)[0])
+    return np.asarray(cases.run(tx, jnp.zeros_like(gradients[0]), gradients, cases.FAST)[0])
 
 
 @pytest.mark.parametrize("b", [0.5, 0.9, 0.95, 0.999])
@@ -55,7 +55,7 @@ def test_equal_decays_give_the_true_ratio(b, make):
 def test_the_state_of_centered_adam_is_the_ratio():
     g = cases.tree(3, jnp.float32)["block"][1][:, None] * jnp.arange(1.0, 9.0)[:, None]
     g = jnp.concatenate([g, 2 - g])
-    updates, _, state = cases.run(scale_by_snr(Mean(0.9), Spread(0.9, eps=0.0)), jnp.zeros_like(g[0]), g)
+    updates, _, state = cases.run(scale_by_snr(Mean(0.9), Spread(0.9, eps=0.0)), jnp.zeros_like(g[0]), g, cases.QUICK)
     snr = abs(state.mu) / jnp.sqrt(state.nu)
     np.testing.assert_allclose(updates[-1], jnp.sign(state.mu) * snr / jnp.sqrt(1 + snr**2), rtol=0, atol=1e-6)
 

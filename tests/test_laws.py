@@ -90,14 +90,14 @@ def test_one_trace_and_the_same_numbers_everywhere(name, strict_promotion):
     def step(state, g):
         return tx.update(g, state, params)[::-1]
 
-    once = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    once = cases.quick_jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
     state, updates = tx.init(params), []
     for g in grads:
         given, (state, u) = state, once(state, g)
         assert given[0].count.is_deleted()
         updates.append(u)
     seeds = jnp.stack([grads, grads[::-1]])
-    mapped = jax.jit(jax.vmap(lambda grads: jax.lax.scan(step, tx.init(params), grads)[1]))(seeds)
+    mapped = cases.quick_jit(jax.vmap(lambda grads: jax.lax.scan(step, tx.init(params), grads)[1]))(seeds)
     np.testing.assert_allclose(mapped[0], jnp.stack(updates), rtol=1e-5)
     assert not np.allclose(mapped[0], mapped[1])
 
@@ -121,7 +121,7 @@ def test_mapped_over_decays(name):
         return updates
 
     decays = [0.5, 0.9, 0.99]
-    swept = jax.jit(jax.vmap(last))(jnp.asarray(decays))
+    swept = cases.quick_jit(jax.vmap(last))(jnp.asarray(decays))
     np.testing.assert_allclose(swept, jnp.stack([last(b) for b in decays]), rtol=2e-5)
 
 
@@ -136,11 +136,13 @@ def test_no_nan_is_ever_formed(name):
             _, state = tx.update(g, state, g)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.SIGNALS if name != "sign"])
+@pytest.mark.parametrize(
+    "name", [name for name in cases.SIGNALS if hasattr(cases.SIGNALS[name], "floor") and name != "sign"]
+)
 def test_the_floor_is_the_sum_of_squared_weights(name, x64):
     """An impulse at step k, in element k, shows the weight that gradient k has in the signal of every later step."""
     signal, steps = cases.SIGNALS[name], 60
-    weights, _, _ = cases.run(scale_by_snr(signal, cases.NOISES["unit"]), jnp.zeros(steps), jnp.eye(steps))
+    weights, _, _ = cases.run(scale_by_snr(signal, cases.NOISES["unit"]), jnp.zeros(steps), jnp.eye(steps), cases.QUICK)
     floors = [signal.floor(t) for t in range(1, steps + 1)]
     np.testing.assert_allclose(floors, np.sum(np.square(weights), axis=1), rtol=1e-12)
 
@@ -148,7 +150,7 @@ def test_the_floor_is_the_sum_of_squared_weights(name, x64):
 def test_the_floor_of_a_sign_is_one():
     """A sign is never smaller for being noise."""
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(60, 50)), jnp.float32)
-    updates, _, _ = cases.run(scale_by_snr(cases.SIGNALS["sign"], cases.NOISES["unit"]), noise[0], noise)
+    updates, _, _ = cases.run(scale_by_snr(cases.SIGNALS["sign"], cases.NOISES["unit"]), noise[0], noise, cases.QUICK)
     assert cases.SIGNALS["sign"].floor(3) == np.mean(np.square(updates)) == 1.0
 
 
@@ -158,12 +160,12 @@ def without_units(estimator):
     return dataclasses.replace(estimator, **dict.fromkeys(units, 0.0))
 
 
-@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name != "unit"])
+@pytest.mark.parametrize("noise", [name for name in cases.NOISES if name not in ("unit", "adapted")])
 def test_the_ratio_has_no_unit(noise):
     """Gradients in a unit 2^20 times larger or smaller give the same bits, once nothing is added to the noise."""
     tx = scale_by_snr(cases.signal_for(noise), without_units(cases.NOISES[noise]))
     grads = cases.stacked(20, dtype=jnp.float32)["block"][0]
-    scan = jax.jit(lambda g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)[1])
+    scan = cases.quick_jit(lambda g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)[1])
     skip = 6 if noise == "rectified" else 1 if noise == "deviation_debiased" else 0  # no ratio, or x / 0, until then
     expected = np.asarray(scan(grads))[skip:]
     assert np.isfinite(expected).all()
@@ -171,7 +173,7 @@ def test_the_ratio_has_no_unit(noise):
         np.testing.assert_array_equal(scan(scale * grads)[skip:], expected)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "adamh"])
 def test_the_step_is_proportional_to_the_learning_rate(name):
     preset, _ = cases.PRESETS[name]
     g = jnp.asarray([0.5, -3.0])
@@ -179,10 +181,11 @@ def test_the_step_is_proportional_to_the_learning_rate(name):
     np.testing.assert_array_equal(2 * one, two)
 
 
+PEAK = {snr_adam.adamc: {"peak": 1.0}}  # a schedule needs it
 RATES = {
     "number": lambda preset: preset(0.0),
     "array": lambda preset: preset(jnp.float32(0.0)),
-    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count),
+    "schedule": lambda preset: preset(lambda count: jnp.zeros(()) * count, **PEAK.get(preset, {})),
 }
 
 
@@ -303,7 +306,7 @@ def test_two_fresh_states_are_donated_together(name):
     """Both are used up in one jitted step, which gives both the same."""
     tx, params = fresh(name)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(cases.quick_jit, donate_argnums=(0, 1))
     def step(one, two):
         return [tx.update(params, state, params)[1] for state in (one, two)]
 
@@ -316,7 +319,8 @@ def test_two_fresh_states_are_donated_together(name):
 def test_an_injected_decay_is_not_rounded_to_the_parameters():
     """In bfloat16 b2 = .999 is 1, and v stands still; also after two states were donated."""
     tx, w = optax.inject_hyperparams(snr_adam.adamw)(1e-3), jnp.ones(3, jnp.bfloat16)
-    step = jax.jit(lambda *states: [tx.update(w, state, w)[1] for state in states], donate_argnums=(0, 1))
+    step = cases.quick_jit(lambda *states: [tx.update(w, state, w)[1] for state in states], donate_argnums=(0, 1))
     for state in step(tx.init(w), tx.init(w)):
         assert state.hyperparams["b2"] == np.float32(0.999)
-        np.testing.assert_allclose(state.inner_state[0].nu, 0.001, rtol=1e-4)
+        _, state = tx.update(0 * w, state, w)  # an average of 1 and 0, kept corrected
+        np.testing.assert_allclose(state.inner_state[0].nu, 0.001 * 0.999 / (1 - 0.999**2), rtol=1e-4)

@@ -23,10 +23,10 @@ def with_count(state, count):
     return optax.tree.set(state, count=jnp.asarray(count, jnp.int32))
 
 
-def run(tx, params, grads, steps=3):
+def run(tx, params, grads, steps=3, jit=cases.quick_jit):
     """The last update and state of a few jitted steps with the same gradients."""
 
-    @jax.jit
+    @jit
     def last(params, grads):
         state = tx.init(params)
         for _ in range(steps):
@@ -54,7 +54,8 @@ def test_every_kind_of_leaf(name):
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
         assert u.shape == jnp.shape(g)
         assert u.dtype == jnp.float32
-        np.testing.assert_allclose(u, np.full(u.shape, updates["python"]), rtol=1e-6)  # no leaf is special
+        if name not in ("cautious_adamw", "adamh"):  # of one element half a step; of a matrix a turn
+            np.testing.assert_allclose(u, np.full(u.shape, updates["python"]), rtol=1e-6)  # no leaf is special
     assert updates["python"] > 0
     for moment in moments(state):
         for x in jax.tree.leaves(moment):
@@ -88,15 +89,17 @@ def test_complex_moments_are_those_of_the_pair_of_reals(name):
     pair = rng.normal(size=(2, 5)).astype(np.float32)
     z = jnp.asarray(pair[0] + 1j * pair[1])
     tx = MADE[name](0.1)
-    updates, state = run(tx, z, z)
-    _, reals = run(tx, jnp.asarray(pair), jnp.asarray(pair))
+    updates, state = run(tx, z, z, jit=jax.jit)
+    _, reals = run(tx, jnp.asarray(pair), jnp.asarray(pair), jit=jax.jit)
     assert updates.dtype == jnp.complex64
     assert bool(jnp.isfinite(updates).all())
     for mu, real in zip(jax.tree.leaves(state[0].mu), jax.tree.leaves(reals[0].mu), strict=True):
         assert mu.dtype == jnp.complex64
         if name == "yogi":  # from 1e-6, not 1e-6 + 1e-6i
             np.testing.assert_allclose(jnp.stack([mu.real, mu.imag]), real, rtol=1e-4)
-        elif name != "adopt":  # it averages quotients, and the noise of a complex number is one for both parts
+        elif name == "mars":  # its norm is a sum in another order
+            np.testing.assert_allclose(jnp.stack([mu.real, mu.imag]), real, rtol=1e-5)
+        elif name not in ("adopt", "laprop"):  # quotients: the noise of a complex number is one for both parts
             np.testing.assert_array_equal(jnp.stack([mu.real, mu.imag]), real)
     for nu, real in zip(jax.tree.leaves(state[0].nu), jax.tree.leaves(reals[0].nu), strict=True):
         assert nu.dtype == jnp.float32
@@ -126,8 +129,8 @@ def test_yogi_with_zero_gradients_moves_a_little():
 def test_mixed_precision(name, param, grad):
     """Moments are float32 whatever the rest is, and the update is the float32 one in the gradient's dtype."""
     p, g = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([0.25, 0.5, -4.0])  # exact in every dtype
-    updates, state = run(MADE[name](0.1), p.astype(param), g.astype(grad))
-    reference, expected = run(MADE[name](0.1), p, g)
+    updates, state = run(MADE[name](0.1), p.astype(param), g.astype(grad), jit=jax.jit)
+    reference, expected = run(MADE[name](0.1), p, g, jit=jax.jit)
     assert updates.dtype == jnp.dtype(grad)
     np.testing.assert_array_equal(updates, reference.astype(grad))
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
@@ -153,7 +156,7 @@ def test_the_count_stops_at_its_last_value(name):
     g = jnp.asarray([0.5, -2.0])
     tx = MADE[name](0.1)
     _, state = run(tx, g, g)
-    step = jax.jit(tx.update)
+    step = cases.quick_jit(tx.update)
     state = with_count(state, LAST - 1)
     for _ in range(3):
         updates, state = step(g, state, g)

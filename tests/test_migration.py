@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import gradients, tree
+from cases import gradients, quick_jit, tree
 
 import snr_adam
 from snr_adam import from_optax, to_optax
@@ -27,7 +27,7 @@ def big(params):
 
 def _run(tx, state, params, grads):
     """Updates of all steps, and what is left."""
-    step, all_updates = jax.jit(tx.update), []
+    step, all_updates = quick_jit(tx.update), []
     for g in grads:
         updates, state = step(g, state, params)
         params = optax.apply_updates(params, updates)

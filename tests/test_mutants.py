@@ -21,6 +21,8 @@ import pytest
 import test_accuracy
 import test_bits
 import test_checkpoint
+import test_decays
+import test_family
 import test_history
 import test_laws
 import test_leaves
@@ -36,7 +38,20 @@ import test_twins
 from fake_reports import fake_reports
 
 import snr_adam
-from snr_adam import _bits, _numerics, _tree, descent, deviation, noise, precision, signal, storage, transform
+from snr_adam import (
+    _bits,
+    _numerics,
+    _tree,
+    descent,
+    deviation,
+    noise,
+    precision,
+    quotient,
+    signal,
+    storage,
+    transform,
+    twofold,
+)
 from snr_adam import step as heart
 from snr_adam.state import sharding
 from snr_adam.telemetry import history, plots, text, trackers
@@ -121,6 +136,25 @@ def step(change):
         return mutant
 
     return replaced(descent.Decoupled, "update", wrong)
+
+
+def variant(name, of=test_family.test_a_variant_is_its_papers_equation):
+    """The float64 twin of a variant."""
+    return Caught(of, (name,), True)
+
+
+def masked(ratio, p, alpha, decay):
+    """A cautious update whose elements go no further than before."""
+    agree = ratio.signal * ratio.gradient > 0
+    return descent.Decoupled().update(ratio._replace(signal=jnp.where(agree, ratio.signal, 0.0)), p, alpha, decay)
+
+
+def noise_of_the_raw(right):
+    def moments(self, x, stored, k, dtype, dither, gate):
+        m, _ = right(self, x, stored, k, dtype, dither, gate)
+        return heart.Stored(m, self.noise.update(stored.nu, x, k.noise, None))
+
+    return moments
 
 
 def not_stored(right):
@@ -214,6 +248,10 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         everywhere("decay_at", lambda right: lambda b, t, dtype: right(b, t + 1, dtype)),
         definition(),
     ),
+    "a decay in time corrected by its own 1 - b(t)^t": (
+        everywhere("may_change", lambda right: lambda b: False),
+        Caught(test_decays.test_numbers_set_by_hand_take_effect_and_nothing_else_does),
+    ),
     "1 - b**t in float32": (
         everywhere("decay_at", lambda right: _power),
         accurate(0.9999),
@@ -229,6 +267,47 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "schedules one step ahead": (
         everywhere("value_at", lambda right: lambda hyper, t, dtype=None: right(hyper, t + 1, dtype)),
         Caught(test_twins.test_schedules_are_those_of_inject_hyperparams, ("adam",), True),
+    ),
+    # variants, by their papers
+    "decay where the step pulls the other way": (
+        everywhere("_agreement", lambda right: lambda x, y: -right(x, y)),
+        variant("cautious decay", of=test_family.test_descents_are_their_equations_alone_and_nested),
+    ),
+    "a cautious update no longer for it": (
+        [replaced(descent.CautiousUpdate, "update", lambda right: lambda self, ratio, *rest: masked(ratio, *rest))],
+        variant("cautious_adamw"),
+    ),
+    "clipped by the noise before this gradient": (
+        everywhere("squared", lambda right: lambda n, v, k, c, e: right(n, v, k, c, e) * 0.99),
+        variant("stable_adamw"),
+    ),
+    "a ball of another radius": (
+        everywhere("_norm", lambda right: lambda x: right(x) + 1e-6),
+        variant("adamh"),
+    ),
+    "decay corrected by the rate alone": (
+        [replaced(descent.CorrectedDecay, "update", lambda right: descent.IndependentDecay.update)],
+        variant("adamc"),
+    ),
+    "a noise from the mean with this gradient in it": (
+        [replaced(deviation.FromMean, "at", lambda right: lambda *args: right(*args)._replace(back=0.0))],
+        variant("adams"),
+    ),
+    "LaProp by the noise before": (
+        [replaced(quotient.Normalized, "divides_by_new", lambda right: False)],
+        variant("laprop"),
+    ),
+    "MARS without its norm": (
+        [
+            replaced(
+                twofold.VarianceReduced, "sees", lambda right: lambda self, state, g, k: g + k.scale * (g - state.g)
+            )
+        ],
+        variant("mars"),
+    ),
+    "MARS whose noise sees the raw gradient": (
+        [replaced(heart.Rule, "moments", noise_of_the_raw)],
+        variant("mars"),
     ),
     # moments
     "moments not stored": ([replaced(heart.Rule, "moments", not_stored)], definition()),
@@ -318,7 +397,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "adopt with the current noise": (
         [
             replaced(
-                noise.Previous,
+                quotient.Previous,
                 "estimate",
                 lambda right: lambda self, v, g, k, c: right(self, self.update(v, g, k, c), g, k, c),
             )
@@ -328,7 +407,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     "adopt without its floor": (
         [
             replaced(
-                noise.Previous,
+                quotient.Previous,
                 "estimate",
                 lambda right: (
                     lambda self, v, g, k, c: jnp.where(

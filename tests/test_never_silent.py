@@ -10,7 +10,9 @@ import itertools
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,7 +24,8 @@ import snr_adam
 from snr_adam import accumulate, adam, adamw, guard, observe, scale_by_snr
 from snr_adam.parts import EMA, RMS, Belief, Cast, Gradient, Infinity, Mean, Packed, Shared, Spread, TrustRatio
 from snr_adam.precision import round_stochastically
-from snr_adam.state import share
+from snr_adam.state import manifest, share, suggest_sharing
+from snr_adam.telemetry import plots
 from snr_adam.transform import ScaleBySnrState
 
 
@@ -480,13 +483,19 @@ TREES = {
         kind("count", "float32", "must be one int32"),
     ),
     "a mask of fractions": (
-        lambda: step(adamw(0.1, mask={"w": 0.5, "layer": True})),
+        lambda: step(adamw(0.1, mask=lambda params: {"w": 0.5, "layer": True})),
         kind("mask at w", "0.5", "must be True or False"),
     ),
-    "a mask of numbers": (lambda: step(adamw(0.1, mask={"w": 1, "layer": 0})), kind("mask at layer/0", "0", "True or")),
-    "a mask that is a name": (lambda: step(adamw(0.1, mask="w")), kind("mask at", "'w'", "must be True or False")),
+    "a mask of numbers": (
+        lambda: step(adamw(0.1, mask=lambda params: {"w": 1, "layer": 0})),
+        kind("mask at layer/0", "0", "True or"),
+    ),
+    "a mask that is a name": (
+        lambda: step(adamw(0.1, mask=lambda params: "w")),
+        kind("mask at", "'w'", "must be True or False"),
+    ),
     "a mask of float arrays": (
-        lambda: step(adamw(0.1, mask={"w": jnp.ones(()), "layer": True})),
+        lambda: step(adamw(0.1, mask=lambda params: {"w": np.ones(()), "layer": True})),
         kind("mask at w", "1", "must be True or False"),
     ),
     "a mask of arrays": (
@@ -904,7 +913,7 @@ def layers_of(params):
     """The signal of each layer by the name that trackers are given."""
     tx, params = observe(A), jax.tree.map(jnp.float32, params)
     state = jax.jit(tx.update)(params, tx.init(params), params)[1]
-    prefix = "snr/signal/"
+    prefix = "snr/layer/signal/"
     found = snr_adam.metrics(state, layers=True)
     return {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
 
@@ -957,6 +966,254 @@ NAMES_OF_LEAVES = {
     ),
     "flattened": (lambda: named(optax.flatten(guard(A))), lambda name: name == "the tree itself"),
 }
+
+
+def observed_and_guarded():
+    return snr_adam.observe(guard(adamw(0.1)))
+
+
+def of_three_runs():
+    """The state of three runs at once."""
+    tx, three = observed_and_guarded(), jax.tree.map(lambda x: jnp.stack([x] * 3), W)
+    return jax.vmap(tx.update)(three, jax.vmap(tx.init)(three), three)[1]
+
+
+def inside(read, state=None):
+    """What becomes of reading a state while a step is traced."""
+
+    def body(state):
+        read(state)
+        return 0
+
+    return jax.jit(body)(observed_and_guarded().init(W) if state is None else state)
+
+
+def as_dicts(state=None):
+    return flax.serialization.to_state_dict(observed_and_guarded().init(W) if state is None else state)
+
+
+def one_of_three():
+    return snr_adam.report(jax.tree.map(lambda x: x[1], of_three_runs())).names
+
+
+def health_of(state):
+    return snr_adam.health(state, W)
+
+
+def suggest(state):
+    return suggest_sharing(state, W)
+
+
+several = functools.partial(number, got="the shape (3,)", do="lambda x: x[0], state)")
+untyped = functools.partial(number, got="in this dict", do="restored again with init(params) as its target")
+traced = functools.partial(kind, got="inside of jit", do="on the state that the compiled step has returned")
+READ = {
+    "report of three runs": (
+        lambda: snr_adam.report(of_three_runs()),
+        several("report: this state is that of several"),
+    ),
+    "metrics of three runs": (lambda: snr_adam.metrics(of_three_runs()), several("report: this state")),
+    "histograms of three runs": (lambda: snr_adam.telemetry.histograms(of_three_runs()), several("report: this state")),
+    "health of three runs": (lambda: health_of(of_three_runs()), several("health: this state")),
+    "sharing for three runs": (lambda: suggest(of_three_runs()), several("suggest_sharing: this state")),
+    "from_optax of three runs": (lambda: snr_adam.from_optax(of_three_runs()), several("from_optax: this state")),
+    "to_optax of three runs": (lambda: snr_adam.to_optax(of_three_runs()), several("to_optax: this state")),
+    "report of replicas of replicas": (
+        lambda: snr_adam.report(jax.tree.map(lambda x: x[None], of_three_runs())),
+        number("report", "(1, 3)", "lambda x: x[0, 0], state)"),
+    ),
+    "report of one of three": (one_of_three, lambda names: names == ("layer/0", "layer/1", "w")),
+    "report of dicts": (lambda: snr_adam.report(as_dicts()), untyped("report: there is no ObserveState")),
+    "metrics of dicts": (lambda: snr_adam.metrics(as_dicts()), untyped("report: there is no ObserveState")),
+    "health of dicts": (lambda: health_of(as_dicts()), untyped("health: there is no GuardState")),
+    "sharing for dicts": (lambda: suggest(as_dicts()), untyped("suggest_sharing: there is no ScaleBySnrState")),
+    "share of dicts": (lambda: share(as_dicts(), W, 0), untyped("share: there is no ScaleBySnrState")),
+    "from_optax of dicts": (
+        lambda: snr_adam.from_optax(as_dicts()),
+        untyped("from_optax: there is no ScaleBySnrState"),
+    ),
+    "to_optax of dicts": (lambda: snr_adam.to_optax(as_dicts()), untyped("to_optax: there is no ScaleBySnrState")),
+    "report of a list": (
+        lambda: snr_adam.report([as_dicts(), None]),
+        number("report: there is no ObserveState", "in this list", "restored again"),
+    ),
+    "report of dicts in a tuple": (
+        lambda: snr_adam.report((as_dicts(), None)),
+        number("report: there is no ObserveState", "in this tuple", "restored again"),
+    ),
+    "report in jit": (lambda: inside(snr_adam.report), traced("report: ")),
+    "metrics in jit": (lambda: inside(snr_adam.metrics), traced("report: ")),
+    "health in jit": (lambda: inside(health_of), traced("health: ")),
+    "sharing in jit": (lambda: inside(suggest), traced("suggest_sharing: ")),
+    "manifest in jit": (lambda: inside(manifest), kind("leaf", "no bits inside of jit", "give what the compiled")),
+    "from_optax in jit": (
+        lambda: jax.jit(snr_adam.from_optax)(optax.adam(0.1).init(W))[0],
+        lambda state: isinstance(state, ScaleBySnrState),
+    ),
+    "a state for a report": (
+        lambda: snr_adam.History().append(A.init(W)),
+        kind("History.append takes a report", "tuple", "history.append(snr_adam.report(opt_state))"),
+    ),
+    "a picture of one report": (
+        lambda: plots.heat_map(snr_adam.report(observed_and_guarded().init(W))),
+        kind("History", "got a Report", "give a list of reports: of one alone, [report]"),
+    ),
+    "a picture of a state": (
+        lambda: plots.overview(A.init(W)),
+        kind("History", "ScaleBySnrState", "snr_adam.report(opt"),
+    ),
+    "a history of a number": (lambda: snr_adam.History(3), kind("History", "got a int", "give a list of reports")),
+    "groups by a bad pattern": (
+        lambda: group(["("]),
+        number("group: the pattern '('", "no regular", "re.escape(name)"),
+    ),
+    "groups by one pattern": (lambda: group("w"), kind("group", "'w'", "give a list of patterns, ['w']")),
+}
+
+
+def group(patterns):
+    return snr_adam.report(observed_and_guarded().init(W)).group(patterns)
+
+
+def export_of(tx, shape="a, 4"):
+    """What `jax.export` says of a step for arrays of sizes that are not known."""
+    params = {"w": jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)}
+    return jax.export.export(jax.jit(tx.update))(params, jax.eval_shape(tx.init, params), params)
+
+
+MODEL = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+ARRAYS = eqx.filter(MODEL, eqx.is_inexact_array)
+no_array = functools.partial(kind, got="custom_jvp", do="eqx.filter(model, eqx.is_inexact_array)")
+no_optimizer = functools.partial(kind, got="no optimizer")
+AXES, PATTERN = "an int or a tuple of ints, a dict from patterns", "to find a name as it is, write re.escape(name)"
+LAYERS = "an int, a dict from patterns to ints, or None"
+GIVEN = {
+    "observe of a function": (lambda: snr_adam.observe(optax.adam), no_optimizer("observe", do="observe(adam(1e-3))")),
+    "observe of a number": (
+        lambda: snr_adam.observe(1e-3),
+        no_optimizer("observe: tx=0.001", do="observe(snr_adam.adam"),
+    ),
+    "carry_remainder of a number": (
+        lambda: snr_adam.carry_remainder(1),
+        no_optimizer("tx=1", do="carry_remainder(snr_a"),
+    ),
+    "accumulate of a preset": (lambda: snr_adam.accumulate(adam, 2), no_optimizer("accumulate", do="call it first")),
+    "accumulate of nothing": (lambda: snr_adam.accumulate(None, 2), no_optimizer("tx=None", do="write accumulate(")),
+    "guard of a preset": (lambda: guard(adamw), no_optimizer("guard", do="call it first, guard(adamw(1e-3))")),
+    "guard of MultiSteps itself": (
+        lambda: guard(optax.MultiSteps(A, 2)),
+        no_optimizer("MultiSteps", do="guard(tx.gradient_transformation())"),
+    ),
+    "clip_norm a schedule": (
+        lambda: guard(A, clip_norm=optax.constant_schedule(1.0)),
+        kind("guard: clip_norm", "is a function", "optax.inject_hyperparams("),
+    ),
+    "max_consecutive True": (
+        lambda: guard(A, max_consecutive=True),
+        number("max_consecutive=True", "True", "an int >= 1"),
+    ),
+    "max_consecutive a fraction": (
+        lambda: guard(A, max_consecutive=2.5),
+        number("max_consec", "2.5", "or None to never"),
+    ),
+    "max_consecutive of NumPy": (
+        lambda: guard(A, max_consecutive=np.int64(3)),
+        lambda tx: tx == guard(A, None, np.int64(3)),
+    ),
+    "every a string": (lambda: snr_adam.observe(A, every="4"), number("observe: every", "'4'", "an int >= 1")),
+    "every of NumPy": (lambda: snr_adam.observe(A, every=np.int32(4)), lambda tx: tx is not None),
+    "shared axes None": (lambda: Shared(RMS(), None), kind("Shared: axes", "None", AXES)),
+    "shared axes a name": (lambda: Shared(RMS(), "w"), kind("Shared: axes", "'w'", AXES)),
+    "shared axes True": (lambda: Shared(RMS(), True), kind("Shared: axes", "True", AXES)),
+    "shared axes a fraction": (lambda: Shared(RMS(), {"w": 0.5}), kind("Shared: axes", "0.5 for 'w'", AXES)),
+    "shared axes of a function": (
+        lambda: scale_by_snr(noise=Shared(RMS(), lambda path, shape: None)).init(W),
+        kind("Shared: axes", "None for parameter 'layer/0'", AXES),
+    ),
+    "shared axes by a bad pattern": (lambda: Shared(RMS(), {"(": 0}), number("Shared: axes", "'('", PATTERN)),
+    "shared axes of NumPy": (lambda: Shared(RMS(), np.int64(0)).axes_of("w", (2, 3)), lambda axes: axes == (0,)),
+    "share over None": (lambda: share(A.init(W), W, None), kind("Shared: axes", "None", AXES)),
+    "layers by a bad pattern": (
+        lambda: snr_adam.observe(A, layer_axis={"[": 0}),
+        number("observe: layer", "'['", PATTERN),
+    ),
+    "layers by a name": (lambda: snr_adam.observe(A, layer_axis="w"), kind("observe: layer_axis", "'w'", LAYERS)),
+    "layers by a fraction": (lambda: snr_adam.observe(A, layer_axis=0.5), kind("observe: layer_axis", "0.5", LAYERS)),
+    "layers True": (lambda: snr_adam.observe(A, layer_axis=True), kind("observe: layer_axis", "True", LAYERS)),
+    "layers to share by a name": (
+        lambda: suggest_sharing(A.init(W), W, layer_axis="w"),
+        kind("suggest_sharing: layer_axis", "'w'", LAYERS),
+    ),
+    "a mask by name": (lambda: adamw(0.1, mask="w"), kind("adamw: mask", "'w'", "a tree of True and False")),
+    "a mask of names": (lambda: adamw(0.1, mask={"w": "yes"}), kind("mask at w", "'yes'", "a tree of True and False")),
+    "a mask of fractions": (lambda: adamw(0.1, mask={"w": 0.5}), kind("mask at w", "0.5", "a tree of True and False")),
+    "a mask by name, of descend": (lambda: snr_adam.descend(0.1, mask="w"), kind("descend: mask", "'w'", "a tree of")),
+    "a mask of arrays": (
+        lambda: step(adamw(0.1, mask={"w": jnp.array(True), "layer": np.bool_(False)})),
+        lambda u: u["w"].shape == (3,),
+    ),
+    "an unfiltered model, accumulated": (
+        lambda: snr_adam.accumulate(A, 2).init(MODEL),
+        no_moments("activation", "custom"),
+    ),
+    "an unfiltered model's gradients": (
+        lambda: snr_adam.accumulate(A, 2).update(MODEL, snr_adam.accumulate(A, 2).init(ARRAYS), ARRAYS),
+        no_array("accumulate: gradient activation"),
+    ),
+    "an unfiltered model as parameters": (
+        lambda: snr_adam.accumulate(A, 2).update(ARRAYS, snr_adam.accumulate(A, 2).init(ARRAYS), MODEL),
+        no_array("accumulate: parameter activation"),
+    ),
+    "an unfiltered model, guarded": (
+        lambda: guard(optax.sgd(0.1)).init(MODEL),
+        no_array("guard: parameter activation"),
+    ),
+    "an unfiltered model's gradients, guarded": (
+        lambda: guard(optax.sgd(0.1)).update(MODEL, guard(optax.sgd(0.1)).init(ARRAYS)),
+        no_array("guard: gradient activation"),
+    ),
+    "an unfiltered model, carried": (
+        lambda: snr_adam.carry_remainder(optax.adam(0.1)).init(MODEL),
+        no_array("carry_remainder: parameter activation"),
+    ),
+    "unknown sizes, packed": (
+        lambda: export_of(adam(0.1, storage="packed"), "4, a"),
+        number("stochastic rounding", "(4, a)", "export the step for the shapes of the model"),
+    ),
+    "unknown sizes, bfloat16": (
+        lambda: export_of(adam(0.1, storage="bfloat16"), "4, a"),
+        number("stochastic rounding", "(4, a)", "without symbolic ones"),
+    ),
+    "unknown sizes, observed": (
+        lambda: export_of(snr_adam.observe(A)),
+        number("observe: a look sums in blocks", "(a, 4)", "export the step for the shapes"),
+    ),
+    "unknown sizes, in the first axis": (lambda: export_of(adam(0.1, storage="packed")), lambda done: done.in_avals),
+    "unknown sizes, float32": (lambda: export_of(A, "a, b"), lambda done: done.in_avals),
+    "complex moments": (
+        lambda: step(adam(0.1, mu_dtype=jnp.complex64), jnp.full(2, 1j), jnp.ones(2, complex)),
+        lambda u: np.allclose(u, -0.1j),
+    ),
+    "complex moments of real parameters": (
+        lambda: {x.dtype.name for x in jax.tree.leaves(adam(0.1, mu_dtype="complex64").init(W)[0].mu)},
+        lambda dtypes: dtypes == {"float32"},
+    ),
+    "complex moments of 128 bits in 64": (
+        lambda: wide(lambda: out(adam(0.1, mu_dtype="complex64"), "complex128")),
+        lambda r: r == ("complex128", {"complex64", "float64"}),
+    ),
+    "v as complex64": (lambda: Cast(nu="complex64"), number("nu", "'complex64'", "a floating dtype")),
+    "Adam's numbers by name": (
+        lambda: step(snr_adam.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, mu_dtype=None, nesterov=False)),
+        lambda u: np.allclose(u["w"], np.sign(G["w"])),
+    ),
+    "Adam's numbers, injected": (
+        lambda: step(optax.inject_hyperparams(snr_adam.scale_by_adam)(b1=0.5)),
+        lambda u: np.allclose(u["w"], np.sign(G["w"])),
+    ),
+    "Adam's numbers, wrong": (lambda: snr_adam.scale_by_adam(b1=1.5), number("scale_by_adam: b1", "1.5", DECAY)),
+}
+
 AREAS: dict[str, dict[str, tuple[Any, Any]]] = {
     "hyper-parameters": HYPERPARAMETERS,
     "parts": PARTS,
@@ -968,6 +1225,8 @@ AREAS: dict[str, dict[str, tuple[Any, Any]]] = {
     "composition": COMPOSITION,
     "names of leaves": NAMES_OF_LEAVES,
     "mistakes": MISTAKES,
+    "states that are read": READ,
+    "what is given": GIVEN,
 }
 ROWS = {f"{area}: {name}": row for area, rows in AREAS.items() for name, row in rows.items()}
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import fast_jit, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
@@ -149,7 +150,7 @@ def test_given_error_of_averages_is_used():
 @pytest.mark.parametrize("size", [1, 4])
 def test_microbatches_show_groups_and_give_the_gradient_of_the_whole(size, at_once):
     x = jnp.asarray(examples(3, 16))
-    (value, groups), grads = jax.jit(microbatches(loss, size, at_once=at_once))(PARAMS, x)
+    (value, groups), grads = quick_jit(microbatches(loss, size, at_once=at_once))(PARAMS, x)
     whole = jax.value_and_grad(loss)(PARAMS, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), (value, grads), whole)
     assert (int(groups.n), int(groups.batch_size)) == (16 // size, size)
@@ -192,7 +193,7 @@ def test_replicas_show_what_microbatches_do(axes, check):
     step = jax.shard_map(
         replicas(loss, axes), mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec(), check_vma=check
     )
-    (value, groups), grads = jax.jit(step)(PARAMS, x)
+    (value, groups), grads = quick_jit(step)(PARAMS, x)
     whole = jax.value_and_grad(loss)(PARAMS, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), (value, grads), whole)
     assert (int(groups.n), int(groups.batch_size)) == (n, 16 // n)
@@ -204,7 +205,7 @@ def test_replicas_show_what_microbatches_do(axes, check):
 # moments
 
 
-@functools.partial(jax.jit, static_argnames=("decays", "steps"))
+@functools.partial(fast_jit, static_argnames=("decays", "steps"))
 def moments(mean, spread, decays, steps, seed=0):
     """Bias-corrected averages of `steps` normal gradients and of their squares."""
     b1, b2 = decays

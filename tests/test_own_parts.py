@@ -7,6 +7,7 @@ of Optax, and every wrapper around them is run beside the same wrapper around th
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,7 @@ UNKNOWN = ("signal", "pseudo_snr", "floor", "snr", "snr_error", "significant", "
 def seen(signal, noise, storage="float32", whole=False):
     """What is reported of one leaf after all steps."""
     tx = observe(ours(signal, noise, storage)(0.1) if whole else scale_by_snr(signal, noise, storage))
-    w, update = jnp.ones(SIZE), jax.jit(tx.update)
+    w, update = jnp.ones(SIZE), cases.quick_jit(tx.update)
     state = tx.init(w)
     for g in GRADIENTS:
         _, state = update(jnp.asarray(g), state, w)

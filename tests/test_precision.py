@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import run
+from cases import FAST, run
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -96,8 +96,8 @@ def test_behind_a_clip_by_global_norm():
     """The norm is a sum, which a compiler orders as it likes: float32's weights to a few of its last bits."""
     params, grads = _params(), _gradients(200)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.1))
-    _, want, _ = run(tx, _float32(params), _float32(grads))
-    _, got, state = run(carry_remainder(tx), params, grads)
+    _, want, _ = run(tx, _float32(params), _float32(grads), FAST)
+    _, got, state = run(carry_remainder(tx), params, grads, FAST)
     for w, x in zip(*map(jax.tree.leaves, (whole_weights(got, state), want)), strict=True):
         np.testing.assert_allclose(w, x, rtol=1e-5, atol=1e-6)
 
@@ -187,7 +187,7 @@ def test_8_bits_lose_and_double_no_step(dtype, ulps):
     """
     n, steps, unit = 2000, 100, 256 if dtype == "bfloat16" else 32
     u = jnp.full((steps, n), ulps * 2.0**-23)
-    _, got, state = run(carry_remainder(optax.scale(1.0), "8"), jnp.full((n,), 1.25, dtype), u)
+    _, got, state = run(carry_remainder(optax.scale(1.0), "8"), jnp.full((n,), 1.25, dtype), u, FAST)
     moved = np.mean(np.asarray(whole_weights(got, state), float) - 1.25) * 2.0**23 / (steps * ulps)
     noise = np.sqrt(min(ulps, unit) * unit / (n * steps)) / ulps
     print(f"8 bits beside {dtype}, steps of {ulps / unit:.3g} units: {moved:.5f} of the way")
@@ -205,7 +205,7 @@ def test_stochastic_rounding_is_unbiased(dtype):
     u = jnp.asarray(rng.normal(size=64) * 1e-3, "float32")
     p = jnp.broadcast_to(w, (1 << 18, 64))
     tx = optax.chain(optax.scale(1.0), round_stochastically())
-    got = np.asarray(_float32(run(tx, p, jnp.broadcast_to(u, (1, 1 << 18, 64)))[1]), float)
+    got = np.asarray(_float32(run(tx, p, jnp.broadcast_to(u, (1, 1 << 18, 64)), FAST)[1]), float)
     want = np.asarray(w.astype("float32") + u, float)
     low, high = got.min(0), got.max(0)
     assert np.all((got == low) | (got == high))
@@ -219,15 +219,15 @@ def test_a_weight_of_one_reaches_zero():
     """lr 1e-3 under constant gradients, 1,000 steps: float32 goes from 1 to 0, plain bfloat16 stays at 1."""
     adam = snr_adam.adam(1e-3)
     one, g = jnp.ones(256), jnp.ones((1000, 256), "bfloat16")
-    _, full, _ = run(adam, one, g.astype("float32"))
+    _, full, _ = run(adam, one, g.astype("float32"), FAST)
     assert abs(full).max() < 0.01
     narrow = one.astype("bfloat16")
     for plain in (adam, optax.adam(1e-3)):
-        assert np.all(run(plain, narrow, g)[1] == 1)
+        assert np.all(run(plain, narrow, g, FAST)[1] == 1)
     ends = {
-        "round_stochastically": run(optax.chain(adam, round_stochastically()), narrow, g)[1],
-        "carry 16": run(carry_remainder(adam), narrow, g)[1],
-        "carry 8": run(carry_remainder(adam, "8"), narrow, g)[1],
+        "round_stochastically": run(optax.chain(adam, round_stochastically()), narrow, g, FAST)[1],
+        "carry 16": run(carry_remainder(adam), narrow, g, FAST)[1],
+        "carry 8": run(carry_remainder(adam, "8"), narrow, g, FAST)[1],
     }
     print({name: float(jnp.mean(end.astype("float32"))) for name, end in ends.items()})
     for end in ends.values():
@@ -239,8 +239,8 @@ def test_the_way_to_zero_follows_float32(part):
     """All along the way, the mean weight under stochastic rounding is within 5 % of the float32 path's."""
     steps = int(1000 * part)
     one, g = jnp.ones(512), jnp.ones((steps, 512))
-    _, full, _ = run(snr_adam.adam(1e-3), one, g)
-    _, got, _ = run(optax.chain(snr_adam.adam(1e-3), round_stochastically()), one.astype("bfloat16"), g)
+    _, full, _ = run(snr_adam.adam(1e-3), one, g, FAST)
+    _, got, _ = run(optax.chain(snr_adam.adam(1e-3), round_stochastically()), one.astype("bfloat16"), g, FAST)
     assert abs(jnp.mean(got.astype("float32")) - jnp.mean(full)) < 0.05 * part
 
 

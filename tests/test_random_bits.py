@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from cases import fast_jit, quick_jit
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import chi2
 
@@ -21,9 +22,11 @@ LEAST = 1e-5  # p-values; some 300 are looked at
 STORAGES = ("packed", "bfloat16")
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "leaf", "stream"))
-def _draw(count, shape, leaf=0, stream=0):
+def _drawn(count, shape, leaf=0, stream=0):
     return random_bits(shape, stream, seeds_at(count, leaf + 1)[leaf])
+
+
+_draw = fast_jit(_drawn, static_argnames=("shape", "leaf", "stream"))
 
 
 def _bits(count=1, leaf=0, stream=0):
@@ -36,7 +39,7 @@ def _p(observed, expected):
     return chi2.sf(np.sum((observed - expected) ** 2 / expected, -1), observed.shape[-1] - 1)
 
 
-@jax.jit
+@fast_jit
 def _tables(x, y):
     """For each of the 32 bits the 2 x 2 counts of that bit in x and in y: (32, 4)."""
 
@@ -48,7 +51,7 @@ def _tables(x, y):
     return jax.lax.map(one, jnp.arange(32, dtype=jnp.uint32))
 
 
-@jax.jit
+@fast_jit
 def _joint(x, y):
     """How often each of the 256 pairs of the leading 4 bits of x and y occurs."""
     return jnp.bincount(((x >> 28) << 4 | (y >> 28)).astype(jnp.int32), length=256)
@@ -101,7 +104,7 @@ def test_bits_differ_between_steps_and_leaves():
     one = jax.vmap(
         lambda t: jnp.stack([random_bits((), stream, seeds_at(t, leaf + 1)[leaf]) for stream, leaf in streams])
     )
-    seen = jax.jit(one)(jnp.arange(100))
+    seen = quick_jit(one)(jnp.arange(100))
     assert len(np.unique(seen)) > seen.size - 5  # 8,000 words of 2^32: 0.007 collisions expected
     steps = np.stack([_draw(jnp.int32(t), (4096,)) for t in range(1, 9)])
     assert len(np.unique(steps)) > steps.size - 5
@@ -159,7 +162,7 @@ def test_the_mean_of_rounding_is_exact(rounded, dropped, first, last):
     @jax.jit
     def round_all(words):
         shape = (len(words), draws)
-        bits = _draw(jnp.int32(1), shape)
+        bits = _drawn(jnp.int32(1), shape)
         return rounded(jax.lax.bitcast_convert_type(jnp.broadcast_to(words[:, None], shape), jnp.float32), bits)
 
     z = np.concatenate([_up(part, np.asarray(round_all(part)), dropped) for part in np.array_split(words, 2)])
@@ -193,7 +196,7 @@ def test_every_code_encodes_to_itself(half, bits):
     words = jnp.asarray(CODES << 16 | other if half == "signal" else other << 16 | CODES)
 
     def dither(shape, stream):
-        return _draw(jnp.int32(1), shape) if bits == "random" else jnp.full(shape, bits, jnp.uint32)
+        return _drawn(jnp.int32(1), shape) if bits == "random" else jnp.full(shape, bits, jnp.uint32)
 
     packed = snr_adam.parts.Packed()
     decode = jax.jit(lambda words: packed.decode(words, (), jnp.float32))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import run
+from cases import FAST, fast_jit, run
 from flax import nnx
 from flax.nnx.training.optimizer import to_opt_state
 from jax.sharding import NamedSharding, PartitionSpec
@@ -36,7 +36,7 @@ def _train(tx, params, scales, steps, state=None, seed=0):
         u, state = tx.update(g, state, params)
         return state, u
 
-    return jax.jit(lambda *start: jax.lax.scan(step, *start))(tx.init(params) if state is None else state, grads)
+    return fast_jit(lambda *start: jax.lax.scan(step, *start))(tx.init(params) if state is None else state, grads)
 
 
 def _suggest(vs, **options):
@@ -166,7 +166,7 @@ def test_an_embedding_is_never_shared_over_its_tokens():
         g = jnp.zeros_like(table).at[batch_of].add(scales * jax.random.normal(noise, (batch, features)) / batch)
         return tx.update(g, state)[1], None
 
-    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 600)))(tx.init(table))
+    state, _ = fast_jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 600)))(tx.init(table))
     assert snr_over(state[0].nu, (0,)) < 1.0
     for cutoff in (1.0, 10.0, 25.0):
         [row] = suggest_sharing(state, table, cutoff=cutoff).rows
@@ -321,12 +321,12 @@ def test_sharded():
     """Sharded over an axis that shares and over one that is kept: the numbers of one device, and v where it fits."""
     p, g = jnp.ones((16, 8)), jnp.asarray(np.random.default_rng(0).normal(size=(5, 16, 8)), "float32")
     tx = snr_adam.scale_by_snr(noise=Shared(RMS(), 0))
-    want, _, _ = run(tx, p, g)
+    want, _, _ = run(tx, p, g, FAST)
     mesh = jax.make_mesh((8,), ("x",))
     for spec in (("x", None), (None, "x")):
         params = jax.device_put(p, NamedSharding(mesh, PartitionSpec(*spec)))
         grads = jax.device_put(g, NamedSharding(mesh, PartitionSpec(None, *spec)))
-        got, _, state = run(tx, params, grads)
+        got, _, state = run(tx, params, grads, FAST)
         assert len(got.sharding.device_set) == 8
         assert state.nu.v[0].shape == (1, 8)
         np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import gradients, tree
+from cases import fast_jit, gradients, quick_jit, tree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
@@ -194,8 +194,8 @@ def _sharded(axis_type):
             jax.tree.map(lambda x, t=t: jnp.sin(x * t + jnp.arange(x.size).reshape(x.shape)), params) for t in range(6)
         ]
         tx = snr_adam.observe(snr_adam.adamw(0.1), layer_axis={"a": 0})
-        state = jax.jit(tx.init)(params)
-        update = jax.jit(tx.update)
+        state = quick_jit(tx.init)(params)
+        update = quick_jit(tx.update)
         for g in grads:
             _, state = update(g, state, params)
         text = update.lower(grads[0], state, params).compile().as_text()
@@ -210,7 +210,7 @@ def test_sharded_and_replicated_report_the_same(axis_type):
     ]
     tx = snr_adam.observe(snr_adam.adamw(0.1), layer_axis={"a": 0})
     state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for g in grads:
         _, state = update(g, state, params)
     want, (got, _) = snr_adam.report(state), _sharded(axis_type)
@@ -263,7 +263,7 @@ KINDS = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+@functools.partial(fast_jit, static_argnums=(0, 2, 3))
 def _many(tx, snr, runs, steps, key):
     """The states after `steps` gradients of the given SNR, of `runs` independent runs."""
 
@@ -321,7 +321,7 @@ def test_elements_without_gradient_are_not_counted():
     def step(state, key):
         return tx.update(on * (0.3 + jax.random.normal(key, on.shape)), state)[1], None
 
-    state = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 200))[0])(
+    state = fast_jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 200))[0])(
         tx.init(jnp.zeros(4000))
     )
     assert Last(*state.last).counted == 400

@@ -80,15 +80,24 @@ def _describe(tree) -> list[Leaf]:
     """Name, dtype and shape of every leaf, None included, and no digests: reads no bits, takes ShapeDtypeStructs."""
     rows = []
     for path, x in _tree.named_leaves(tree):
-        if not (x is None or isinstance(x, (bool, int, float, complex)) or (hasattr(x, "dtype") and x.dtype != object)):
+        if not (x is None or isinstance(x, (bool, int, float, complex)) or _has_numbers(x)):
             raise _no_bits(path, x)
         x = None if x is None else _tree.as_array(x)
         rows.append(Leaf(path, str(getattr(x, "dtype", None)), tuple(map(int, getattr(x, "shape", ()))), ""))
     return rows
 
 
+def _has_numbers(x) -> bool:
+    """Whether x is an array of numbers as JAX knows them: no strings, dates, records or foreign orders of bytes."""
+    kinds = (jnp.number, np.bool_, jax.dtypes.extended)
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        return False
+    return any(jnp.issubdtype(x.dtype, kind) for kind in kinds) and getattr(x.dtype, "isnative", True)
+
+
 def _no_bits(path: str, x) -> TypeError:
-    return TypeError(f"leaf {path} is a {type(x).__name__}, which has no bits to read: keep it out of the state")
+    of = f" of {x.dtype}" if isinstance(x, np.ndarray) else ""
+    return TypeError(f"leaf {path} is a {type(x).__name__}{of}, which has no bits to read: keep it out of the state")
 
 
 def _bits_on_host(path: str, x):
@@ -145,18 +154,26 @@ def digest(tree: Any) -> jax.Array:
 def manifest(tree: Any) -> list[Leaf]:
     """Name, dtype, shape and digest of every leaf, as plain tuples that JSON and pickle can hold.
 
+    Raises:
+      TypeError: for a leaf that is no array, by its name, and inside of jit, where there are no bits yet.
+      ValueError: if two leaves have one name, as those of {"a": {"b": x}, "a/b": y}.
+
     >>> for leaf in manifest({"w": jnp.zeros((2, 3)), "b": jnp.ones(3)}):
     ...     print(leaf.name, leaf, leaf.digest)
     b float32[3] 66e53092d99cefc9
     w float32[2,3] 1cf5c8f20bcc6318
     """
+    traced = next((path for path, x in _tree.named_leaves(tree) if isinstance(x, jax.core.Tracer)), None)
+    if traced is not None:
+        raise TypeError(f"leaf {traced} has no bits inside of jit: give what the compiled step has returned")
     rows, digests = _leaf_digests(tree)
+    _by_name(rows)
     return [row._replace(digest=f"{a:08x}{b:08x}") for row, (a, b) in zip(rows, digests, strict=True)]
 
 
 def compare(tree: Any, saved: Sequence[Leaf]) -> None:
     """Raises ValueError, naming the leaf, unless `tree` has the names, dtypes and shapes that a manifest says."""
-    want, got = ({row[0]: Leaf(*row) for row in rows} for rows in (saved, _describe(tree)))
+    want, got = _by_name(rows_of(saved)), _by_name(_describe(tree))
     lost, new = [n for n in want if n not in got], [n for n in got if n not in want]
     if lost or new:
         raise ValueError(
@@ -164,9 +181,9 @@ def compare(tree: Any, saved: Sequence[Leaf]) -> None:
             "optimizer and the model that it was saved with, or rename the leaves first"
         )
     for leaf, there in got.items():
-        if tuple(want[leaf].shape) != there.shape:
+        if want[leaf].shape != there.shape:
             raise ValueError(
-                f"leaf {leaf} was saved with shape {tuple(want[leaf].shape)}, here it has {there.shape}: restore it "
+                f"leaf {leaf} was saved with shape {want[leaf].shape}, here it has {there.shape}: restore it "
                 "with the model it was saved with"
             )
         if want[leaf].dtype != there.dtype:
@@ -174,6 +191,34 @@ def compare(tree: Any, saved: Sequence[Leaf]) -> None:
                 f"leaf {leaf} was saved as {want[leaf].dtype}, here it is {there.dtype}: restore it as it was saved "
                 "and convert it then, for instance with from_optax and to_optax"
             )
+
+
+def rows_of(saved) -> list[Leaf]:
+    """A manifest as it came back from JSON or pickle; raises ValueError if it is none."""
+
+    def is_row(row) -> bool:
+        if not (isinstance(row, (list, tuple)) and len(row) == 4 and isinstance(row[2], (list, tuple))):
+            return False
+        name, dtype, shape, digest = row
+        return all(isinstance(x, str) for x in (name, dtype, digest)) and all(type(n) is int for n in shape)
+
+    rows = saved if isinstance(saved, (list, tuple)) else [saved]
+    wrong = next((row for row in rows if not is_row(row)), None)
+    if wrong is not None or rows is not saved:
+        raise ValueError(
+            f"the manifest is damaged or none: it has {wrong!r:.80} where (name, dtype, shape, digest) of a leaf "
+            "should be. Give what `manifest` has returned"
+        )
+    return [Leaf(row[0], row[1], tuple(row[2]), row[3]) for row in rows]
+
+
+def _by_name(rows: Sequence[Leaf]) -> dict[str, Leaf]:
+    found: dict[str, Leaf] = {}
+    for row in rows:
+        if row.name in found:
+            raise ValueError(f"two leaves are called {row.name}, {found[row.name]} and {row}: rename a key")
+        found[row.name] = row
+    return found
 
 
 def _some(names: list[str]) -> str:
@@ -187,7 +232,7 @@ def verify(tree: Any, saved: Sequence[Leaf]) -> None:
     The error names the first leaf that is another, and says whether by name, shape, dtype or value.
     """
     compare(tree, saved)
-    want = {row[0]: Leaf(*row) for row in saved}
+    want = _by_name(rows_of(saved))
     bad = [row.name for row in manifest(tree) if row.digest != want[row.name].digest]
     if bad:
         raise ValueError(

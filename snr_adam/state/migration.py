@@ -9,6 +9,10 @@ Adam's memory is a count, m and v per parameter, here and in Optax. What differs
 change the storage (float32, bfloat16, packed, shared noise) and the learning rate from constant to scheduled: with a
 schedule Optax keeps a second counter behind its Adam, this package one for both. What is beside an Adam (a mean of
 gradients, injected numbers) comes along as it is, and whatever would not fit is an error by name.
+
+Where decays may change, here moments are kept corrected and Optax's are not. `inject_hyperparams` keeps its decays in
+the state, so its moments are corrected on the way. Of a decay that is a schedule a state does not know: there the two
+agree once 1 - b^t is 1.
 """
 
 import functools
@@ -20,8 +24,9 @@ import optax
 
 from snr_adam import _tree
 from snr_adam._bits import random_bits, seeds_at
+from snr_adam._given import boxed_like, plain, readable
 from snr_adam._moments import Moments, is_adam, of_adam
-from snr_adam._numerics import mean_onto
+from snr_adam._numerics import decay_at, mean_onto, times
 from snr_adam._state import ADAM, OF_ADAM, marked
 from snr_adam.shared import SharedNoise
 from snr_adam.storage import Cast, InWords, Packed
@@ -41,7 +46,16 @@ def _real_dtype(x):
     return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.dtype
 
 
-def _move_moments(state, like, where: str):
+def _correction(b, state, like, dtype):
+    """What a moment of decay b is multiplied with on its way: where b is injected, this package keeps it corrected."""
+    own = isinstance(like, ScaleBySnrState)
+    if b is None or isinstance(state, ScaleBySnrState) == own:
+        return 1.0
+    debias = decay_at(jnp.asarray(b, dtype), jnp.maximum(state.count, 1), dtype).debias
+    return jnp.where(state.count > 0, debias if own else 1.0 / debias, 1.0)
+
+
+def _move_moments(state, like, where: str, injected: dict):
     """The state of an Adam in the form of another, rounded stochastically where that is narrower."""
     (outer, kept), (other, to) = of_adam(state, where), of_adam(like, where)
     here, there = mark_of(state), mark_of(like)
@@ -66,7 +80,10 @@ def _move_moments(state, like, where: str):
                 f"the moments of {names[i]} have shape {one.mu.shape}, those of `like` {goal.mu.shape}: give two "
                 "states of one model"
             )
-        new[i] = _encode_leaf(*one.read(), goal, functools.partial(random_bits, seed=seeds[i]))
+        m, v = one.read()
+        by = [_correction(injected.get(b), state, like, v.dtype) for b in ("b1", "b2")]
+        m, v = times(m, by[0]), times(v, by[1])
+        new[i] = _encode_leaf(m, v, goal, functools.partial(random_bits, seed=seeds[i]))
     ms, vs = ([pair[k] for pair in new] for k in (0, 1))
     nu: Any = SharedNoise(tuple(vs)) if isinstance(like.nu, SharedNoise) else like.nu
     nu = nu if isinstance(nu, (InWords, SharedNoise)) else outer.unflatten(vs)
@@ -83,11 +100,12 @@ def _children(node):
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
-def _move(path, state, like, count):
-    """`state` in the form of `like`; `count` is that of the Adam beside it, if there is one."""
+def _move(path, state, like, count, injected):
+    """`state` in the form of `like`; `count` is that of the Adam beside it, if there is one, `injected` are the numbers
+    of the `inject_hyperparams` around it."""
     where = _tree.name(path)
     if is_adam(state) and is_adam(like):
-        return _move_moments(state, like, where)
+        return _move_moments(state, like, where, injected)
     if not jax.tree.leaves((state, like)):
         return like
     if isinstance(state, optax.ScaleByScheduleState) and isinstance(like, optax.EmptyState):
@@ -105,8 +123,9 @@ def _move(path, state, like, count):
         return state
     counts = [child.count for _, child in children if is_adam(child)]
     counts = counts[0] if len(counts) == 1 else None
+    injected = getattr(state, "hyperparams", injected)
     return outer.unflatten(
-        [_move((*path, *key), x, y, counts) for (key, x), (_, y) in zip(children, others, strict=True)]
+        [_move((*path, *key), x, y, counts, injected) for (key, x), (_, y) in zip(children, others, strict=True)]
     )
 
 
@@ -161,16 +180,18 @@ def _in_full(state, kind):
     )
 
 
-def _to(kind, state, like):
-    """`state` with its Adams as `kind`, in the form of `like`."""
-    like = _in_full(state, kind) if like is None else like
+def _to(owner: str, kind, state, like):
+    """`state` with its Adams as `kind`, in the form of `like`, and in its boxes if it has any."""
+    form, state = like, readable(owner, state, ScaleBySnrState, optax.ScaleByAdamState)
+    like = _in_full(state, kind) if like is None else plain(like)
     for what, tree, kinds in (("state", state, (ScaleBySnrState, optax.ScaleByAdamState)), ("like", like, kind)):
         if not any(isinstance(x, kinds) for x in jax.tree.leaves(tree, is_leaf=is_adam)):
             raise ValueError(
                 f"{what} is {_kind(tree)} and holds no {getattr(kinds, '__name__', 'state of an Adam')}: give what the "
                 "`init` or `update` of such an optimizer returns"
             )
-    return _move((), state, like, None)
+    new = _move((), state, like, None, {})
+    return new if form is None else boxed_like(new, form)
 
 
 def from_optax(state: Any, like: Any = None) -> Any:
@@ -178,13 +199,14 @@ def from_optax(state: Any, like: Any = None) -> Any:
 
     Args:
       state: an optimizer's state that holds a `ScaleByAdamState` (or a `ScaleBySnrState` in another storage), after any
-        number of steps.
+        number of steps. An `nnx.Optimizer` or its `opt_state` will do.
       like: what `init` returns for the optimizer that goes on, or its `jax.eval_shape`. By default that of the preset
         of the same name with float32 moments.
 
     Returns:
-      A state of the form of `like`, with the moments and the count of `state`. Moments are exact but where `like` is
-      narrower, bfloat16 or packed: there they are rounded stochastically, as in a step.
+      A state of the form of `like` (of an `nnx.Optimizer`, in its boxes) with the moments and the count of `state`.
+      Moments are exact but where `like` is narrower, bfloat16 or packed: there they are rounded stochastically, as in a
+      step.
 
     Raises:
       ValueError: naming the place, if the two belong to different models, if something in `state` has no place in
@@ -198,7 +220,7 @@ def from_optax(state: Any, like: Any = None) -> Any:
     >>> print(state[0].count, state[0].mu.dtype, to_optax(state)[0].mu)
     1 uint32 [ 0.05004883 -0.20019531]
     """
-    return _to(ScaleBySnrState, state, like)
+    return _to("from_optax", ScaleBySnrState, state, like)
 
 
 def to_optax(state: Any, like: Any = None) -> Any:
@@ -206,4 +228,4 @@ def to_optax(state: Any, like: Any = None) -> Any:
 
     By default the form is that of a constant learning rate; for a schedule give what Optax's `init` returns as `like`.
     """
-    return _to(optax.ScaleByAdamState, state, like)
+    return _to("to_optax", optax.ScaleByAdamState, state, like)

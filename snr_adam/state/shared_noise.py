@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
+from snr_adam._checks import check_layer_axis
+from snr_adam._given import box_of, check_known, held_by, plain, readable
 from snr_adam.shared import Shared, SharedNoise
 from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
@@ -88,8 +90,8 @@ def suggest_sharing(state, params, *, cutoff: float = 10.0, layer_axis: Any = No
     """Measures, for each parameter and each subset of its axes, how well one noise would serve all elements along them.
 
     Args:
-      state: an optimizer's state that holds one `ScaleBySnrState`, after some hundreds of steps. SNR_K falls as the
-        learning rate grows, so measure in the middle of a run rather than at its start.
+      state: an optimizer's state, or an `nnx.Optimizer`, that holds one `ScaleBySnrState`, after some hundreds of
+        steps. SNR_K falls as the learning rate grows, so measure in the middle of a run rather than at its start.
       params: the parameters, for paths and shapes.
       cutoff: the least SNR_K to accept. The update's expected error is 0.5 / sqrt(cutoff): 16 % for 10.
       layer_axis: the axis that stacks layers, never shared: an int, a dict from patterns to ints, or None.
@@ -100,7 +102,10 @@ def suggest_sharing(state, params, *, cutoff: float = 10.0, layer_axis: Any = No
     Raises:
       ValueError: if the state holds no noise that can be shared, or more than one `ScaleBySnrState`.
     """
-    vs = _per_parameter(_second_moments(_only(state)), params)
+    check_layer_axis("suggest_sharing", layer_axis)
+    check_known("suggest_sharing", state)
+    params = plain(params)
+    vs = _per_parameter(_second_moments(_only("suggest_sharing", state)), params)
     rows = []
     for (path, p), v in zip(_tree.named_leaves(params), vs, strict=True):
         if _is_kept(v) and jnp.ndim(p) >= 2:
@@ -137,7 +142,8 @@ def share(state, params, axes):
     """Compresses the noise of a running optimizer in place of its full one; the same optimizer goes on with the result.
 
     Args:
-      state: an optimizer's state that holds one `ScaleBySnrState` whose `nu` is a tree like the parameters.
+      state: an optimizer's state, or an `nnx.Optimizer`, that holds one `ScaleBySnrState` whose `nu` is a tree like
+        the parameters.
       params: the parameters, for paths and structure.
       axes: a `Suggestion`, or anything that `Shared` takes as its axes.
 
@@ -145,7 +151,8 @@ def share(state, params, axes):
       The state with v averaged over the axes, as `Shared` would have kept it from now on.
     """
     rule = Shared(None, axes.axes if isinstance(axes, Suggestion) else axes)
-    vs = _per_parameter(_second_moments(_only(state)), params)
+    state, params = held_by(state), plain(params)
+    vs = _per_parameter(_second_moments(_only("share", state)), params)
     shared = SharedNoise(
         tuple(
             None
@@ -155,7 +162,11 @@ def share(state, params, axes):
             if not isinstance(v, optax.MaskedNode)
         )
     )
-    return jax.tree.map(lambda node: node._replace(nu=shared) if _is_state(node) else node, state, is_leaf=_is_state)
+
+    def replaced(node):
+        return node._replace(nu=jax.tree.map(box_of(node.count), shared)) if _is_state(node) else node
+
+    return jax.tree.map(replaced, state, is_leaf=_is_state)
 
 
 def _per_parameter(nu, params) -> list:
@@ -170,8 +181,8 @@ def _is_state(node) -> bool:
     return isinstance(node, ScaleBySnrState)
 
 
-def _only(state) -> ScaleBySnrState:
-    found = _tree.nodes(ScaleBySnrState, state)
+def _only(owner: str, state) -> ScaleBySnrState:
+    found = _tree.nodes(ScaleBySnrState, readable(owner, state, ScaleBySnrState))
     if len(found) != 1:
         raise ValueError(
             f"expected an optimizer state with one ScaleBySnrState, found {len(found)}: pass the part to share"

@@ -10,9 +10,10 @@
 """
 
 from snr_adam.telemetry import noise_scale
+from snr_adam.telemetry._state import ObserveState
 from snr_adam.telemetry.advice import advise
 from snr_adam.telemetry.history import History
-from snr_adam.telemetry.observe import ObserveState, observe
+from snr_adam.telemetry.observe import observe
 from snr_adam.telemetry.report import Report, report
 from snr_adam.telemetry.trackers import histograms, metrics
 

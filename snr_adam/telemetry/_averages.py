@@ -167,15 +167,33 @@ def level(leak, newest):
     return _LEVEL * (1 + _BEND * rest) / (1 + kappa * (_LEVEL - 1))
 
 
-def errors(means: Means, square, rho, decay, newest, q):
-    """The variances of L and of the SNR, on the host; the formula is derived in `observe`."""
+def errors(means: Means, square, rho, decay, newest, seen: int, steps: int):
+    """The standard error of L as a share of A, times A, on the host.
+
+    With l = L / A it is that of z_t = (L_t - l A_t) / A, by the delta method:
+
+        Var l = sum w^2 (Var z + pull (rho + (1 - 2l) a_1 / b) V),   V = Var(L/A) l / (l + rho),   pull = 2 q / (1-q)
+
+    w are the weights of the looks, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise
+    it is 0: L_t is a martingale difference. Where there is signal, x_s enters L_s through <G, x_s> and again, through
+    m, all later ones: V = G' Sigma G / A^2 is that part of Var L, taking it that the signal lies in the directions
+    where the noise lies; a_1 is the weight of the newest gradient in m^ (1-b for an EMA), q = a b with a the decay of
+    the average; of looks in bursts the sum over lags ends with the burst. Left out, the error of L would be half of
+    what it is. Where L is most of A the second term is negative and the difference of the two uncertain; it is kept
+    above its value for Gaussian noise, ((1 - 2l)^2 + rho) V + (rho + 2 l^2) V (1-l) / l in place of Var z if that is
+    less.
+
+    rho, decay, newest: of m^, as in `Last`. seen, steps: how many looks there were in how many steps.
+    """
     a, x, aa, ax, xx = means
     share = x / a
     both = np.clip(share, 0, 1)
     per_share = xx / (both + rho)
     v = per_share * both
-    pull, ahead = 2 * q / (1 - q), newest / np.maximum(decay, np.finfo(float).tiny)
+    q = (1 - newest_weight(max(seen, 1))) * decay
+    has_pauses = steps >= 1.5 * max(seen, 1)
+    pull = 2 * sum((1 - k / 6) * q**k for k in range(1, 6)) if has_pauses else 2 * q / (1 - q)
+    ahead = newest / np.maximum(decay, np.finfo(float).tiny)
     model = ((1 - 2 * share) ** 2 + rho) * v + (rho + 2 * both**2) * per_share * (1 - both)
     z = np.maximum(xx - 2 * share * ax + share**2 * aa, model)
-    var_x = square * (xx + pull * (rho + ahead) * v) * a**2
-    return var_x, square * (z + pull * (rho + (1 - 2 * share) * ahead) * v) / (1 - share) ** 4
+    return np.sqrt(np.maximum(square * (z + pull * (rho + (1 - 2 * share) * ahead) * v), 0)) * a

@@ -7,13 +7,17 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from snr_adam import _tree
+from snr_adam._bits import Seed
 from snr_adam._look import Seen
 from snr_adam._numerics import Average, abs_sq, widen
+from snr_adam._tree import check_sizes
 from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Memory
 
@@ -46,6 +50,7 @@ def observed_in(tree, found, rule, columns: int | None = None) -> list[Leaf]:
     leaves, start, keys = [], 0, _tree.keys(tree)
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
+            check_sizes("observe: a look sums in blocks, whose sizes must be known", jnp.shape(x))
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
             leaves.append(Leaf(i, keys[i], axis, slice(start, stop)))
@@ -127,27 +132,29 @@ class Shown:
         second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
         return Memory(memory.weight, memory.square, *first, *second)
 
-    def each(self, of) -> list:
-        """of(what can be asked, parameter, update) of every leaf."""
-        return [of(*one) for one in zip(self.seen, self.params, self.updates, strict=True)]
-
     @property
-    def axes(self) -> list:
-        return [leaf.axis for leaf in self.observed]
+    def is_whole(self) -> np.ndarray:
+        """Whether a column's sketches are the gradients themselves."""
+        each = zip(self.seen, self.observed, strict=True)
+        return np.concatenate(
+            [[lags.is_whole(jax.eval_shape(seen.gradient), leaf.axis)] * leaf.size for seen, leaf in each]
+        )
 
-    def in_the_step(self, take, tie):
-        """A and <m_{t-1}, g> from what the step began with, and the square of the noise where it is no average.
+    def in_the_step(self, seeds: list, take, tie):
+        """A and <m_{t-1}, g> from what the step began with, the square of the noise where it is no average, and the
+        sketches.
 
-        tie(x, p, u): x in a form that XLA takes into the kernel which makes p + u.
+        seeds: of the signs of each leaf. take: how rows are summed. tie(x, p, u): x in a form that XLA takes into the
+        kernel which makes p + u.
         """
         is_direct = any(seen.noise == "direct" for seen in self.seen)
 
-        def of(seen, p, u):
+        def of(seen, p, u, seed, axis):
             g = seen.gradient()
             found = [abs_sq(g), sums.inner(seen.before(), g)]
             if is_direct:
                 found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
-            return [tie(x, p, u) for x in found]
+            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -157,31 +164,30 @@ class Shown:
         for first, *rest in groups.values():
             seen, leaf = self.seen[first], self.observed[first]
             if rest:
-                found.append(take(of(seen.stacked([self.seen[i] for i in rest]), None, None), 0))
+                seed = Seed(*map(jnp.stack, zip(*(seeds[i] for i in (first, *rest)), strict=True)))
+                found.append(of(seen.stacked([self.seen[i] for i in rest]), None, None, seed, 0))
             else:
-                found.append(take(of(seen, self.params[first], self.updates[first]), leaf.axis))
-        rows = self._in_order(sums.columns(found), [i for group in groups.values() for i in group])
-        return rows if is_direct else (*rows, jnp.zeros((), jnp.float32))
+                found.append(of(seen, self.params[first], self.updates[first], seeds[first], leaf.axis))
+        made = [i for group in groups.values() for i in group]
+        order = sums.in_order(made, [leaf.size for leaf in self.observed])
+        rows, sketches = sums.joined(found)
+        rows, sketches = rows[:, order], sketches[order]
+        return (*rows, sketches) if is_direct else (*rows, jnp.zeros((), jnp.float32), sketches)
 
-    def _in_order(self, rows, order: list):
-        """Columns in the order of the leaves, from that in which they were made."""
-        ends = np.cumsum([self.observed[i].size for i in order])
-        place = {i: np.arange(end - self.observed[i].size, end) for i, end in zip(order, ends, strict=True)}
-        index = np.concatenate([place[i] for i in range(len(order))])
-        return rows if np.all(np.diff(index) == 1) else rows[:, index]
+    def after_the_step(self, seeds: list):
+        """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with, and sketches."""
 
-    def after_the_step(self):
-        """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with."""
-
-        def of(seen, p, u):
+        def of(seen, seed, leaf):
             g, (m, v) = seen.gradient(), seen.after()
             v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
-            return [abs_sq(g), sums.inner(m, g), abs_sq(m), v]
+            xs = [abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, leaf.axis)]
+            return sums.rows(xs, leaf.axis)
 
-        power, new, first, second = sums.joined(self.each(of), self.axes)
+        each = zip(self.seen, seeds, self.observed, strict=True)
+        (power, new, first, second), sketches = sums.joined([of(*one) for one in each])
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
-        return power, product, first, second
+        return power, product, first, second, sketches
 
     def numbers(self, power, product, first, second, before: Memory, after: Memory):
         """The row of this look, without details, and L. `first` is |m|^2, `second` the sum of the noise's square."""
@@ -228,11 +234,11 @@ class Shown:
                 hits = counted & (abs_sq(m) > least[leaf.part].reshape(shape) * v)
             p = None if p is None else widen(_tree.jax_array(p))
             u = abs_sq(seen.update(p))
-            return [jnp.asarray(x) for x in (abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p))]
+            xs = [abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p), jnp.zeros(())]
+            return sums.rows([jnp.asarray(x) for x in xs], leaf.axis)
 
         each = zip(self.seen, self.observed, self.params, strict=True)
-        rows = sums.joined([of(*one) for one in each], self.axes)
-        _, significant, counted, update, param = rows
+        (_, significant, counted, update, param), _ = sums.joined([of(*one) for one in each])
         known = jnp.where(counted > 0, 1.0, jnp.nan)
         return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
 

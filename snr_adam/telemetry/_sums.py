@@ -1,14 +1,20 @@
 """Sums over the elements of an array, or of each of its slices along one axis, in as few passes as there can be.
 
-What is summed together is read once. XLA for CPU takes rows of an array side by side but not a flat one in parts, so
-long arrays are summed in rows. On a mesh the sums come back whole on every device.
+What is summed together is read once. Of the arrays given, the last is summed in another way: into a *sketch* of 128
+numbers, by the place of an element modulo 128, which keeps inner products (`_lags`). So everything is summed over the
+last axis first, and these rows are summed whole or folded. XLA for CPU takes rows side by side but not a flat array in
+parts, so flat arrays are cut into rows. On a mesh the sums come back whole on every device.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+WIDTH = 128
+"""Sums in a sketch."""
 
 
 def inner(x, y):
@@ -16,45 +22,73 @@ def inner(x, y):
     return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
 
-@functools.partial(jax.jit, static_argnums=1)  # traced once for all leaves of one shape
-def together(xs, axis):
-    """The sums of n arrays of one shape in one pass: what they share is computed once and stored nowhere.
+def at_once(xs):
+    """Sums over the last axis as one reduction with several results."""
+    return jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, (xs[0].ndim - 1,))
+
+
+def in_one_reduction(xs):
+    """The same inside of the kernel that an update makes on a GPU.
+
+    There XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array
+    first. What becomes of the rows is apart, or it would be made with other arrays' rows in a kernel of its own.
+    """
+    return jax.lax.optimization_barrier(at_once(xs))
+
+
+def one_each(xs):
+    """Sums over the last axis as one reduction for each result.
+
+    On TPU a reduction with several results does not become a part of the kernel that makes an update.
+    """
+    return [jnp.sum(x, -1) for x in xs]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all leaves of one shape
+def rows(xs, axis, take=at_once):
+    """The sums over rows of arrays of one shape, in one pass: what they share is computed once and stored nowhere.
 
     Args:
-      xs: n real arrays; those of fewer dimensions are broadcast to the first.
-      axis: the axis along which each slice has a sum of its own, None for one sum of all.
+      xs: real arrays; those of fewer dimensions are broadcast to the first.
+      axis: the axis along which each slice has sums of its own, None for one of all.
+      take: how rows are summed over their last axis.
 
     Returns:
-      float32 of shape (n, slices), or (n, 1).
+      For each array float32 (slices, rows) or (1, rows); of no more elements than a sketch has, the elements.
     """
-    number, xs = len(xs), _alike(xs)
-    xs = [x[None] if x.ndim == 0 else x for x in xs]
-    if axis is None:
-        xs = _in_rows(xs, np.gcd(xs[0].shape[0], 4096))
-    last = xs[0].ndim - 1
-    over = (last,) if axis != last else tuple(range(last))
-    sums = _reduce(xs, over) if over else xs
-    kept = None if axis is None else 1 + (axis if over == (last,) else 0)
-    sums = _sum(jnp.stack(sums), kept, first=1)
-    return sums.reshape(number, -1, sums.shape[-1]).sum(1)
+    xs = [_rows(x, axis) for x in _alike(xs)]
+    found = xs if _is_few(xs[0].shape) else take(xs)
+    return [whole(x).reshape(x.shape[0], math.prod(x.shape[1:])) for x in found]
 
 
-def in_one_reduction(xs, axis):
-    """Sums inside of the kernel that an update makes on a GPU, as one reduction with several results.
+def joined(found: list) -> tuple:
+    """What `rows` has found of each leaf, summed: all but the last, float32 (k, L), and sketches of the last (L, 128).
 
-    XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array first.
+    Leaves with equally many rows are summed together: after the kernels of the leaves there are only few more.
     """
-    xs = _alike(xs)
-    return _reduce(xs, _all_but(axis, xs[0]))
+    alike: dict = {}
+    for i, xs in enumerate(found):
+        alike.setdefault(xs[0].shape[1], []).append(i)
+    sums, sketches = [], []
+    for some in alike.values():
+        *those, last = (jnp.concatenate(column) for column in zip(*(found[i] for i in some), strict=True))
+        sums.append(jnp.stack([jnp.sum(x, 1) for x in those]))
+        sketches.append(_fold(last))
+    order = in_order([i for some in alike.values() for i in some], [xs[0].shape[0] for xs in found])
+    return jnp.concatenate(sums, axis=1)[:, order], jnp.concatenate(sketches)[order]
 
 
-def one_each(xs, axis):
-    """Sums inside of the kernel that an update makes on a TPU, as one reduction for each result.
+def together(xs, axis, take=at_once) -> tuple:
+    """The same of one leaf alone."""
+    return joined([rows(xs, axis, take)])
 
-    There a reduction with several results does not become a part of the kernel.
-    """
-    xs = _alike(xs)
-    return [jnp.sum(x, _all_but(axis, x)) for x in xs]
+
+def in_order(made: list[int], sizes: list[int]):
+    """What brings columns into the order of the leaves, from that in which they were made; sizes: columns of each."""
+    ends = np.cumsum([sizes[i] for i in made])
+    place = {i: np.arange(end - sizes[i], end) for i, end in zip(made, ends, strict=True)}
+    index = np.concatenate([place[i] for i in range(len(made))])
+    return slice(None) if np.all(np.diff(index) == 1) else index
 
 
 def _alike(xs) -> list:
@@ -63,13 +97,29 @@ def _alike(xs) -> list:
     return [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
 
 
-def _all_but(axis, x) -> tuple[int, ...]:
-    return tuple(i for i in range(x.ndim) if i != axis)
+def _is_few(shape) -> bool:
+    """Whether slices of that shape are no longer than a sketch."""
+    return math.prod(shape[1:]) <= WIDTH
 
 
-def columns(found: list):
-    """What the two above have found, leaf after leaf, as rows (k, L); in few operations, each of which is a kernel."""
-    return jnp.stack([jnp.concatenate([jnp.atleast_1d(_whole(x)) for x in row]) for row in zip(*found, strict=True)])
+def _rows(x, axis):
+    """An array as (slices, ..., rows, elements of a row), with rows enough for a sketch where there are so many."""
+    x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+    size, rows = math.prod(x.shape[1:]), math.prod(x.shape[1:-1])
+    if _is_few(x.shape) or (x.ndim > 2 and rows >= WIDTH):
+        return x
+    x = whole(x)
+    cut = np.gcd(size, 4096)
+    if cut >= WIDTH:
+        return x.reshape(x.shape[0], cut, -1)
+    flat = jnp.pad(x.reshape(x.shape[0], -1), ((0, 0), (0, -size % WIDTH)))
+    return jnp.swapaxes(flat.reshape(x.shape[0], -1, WIDTH), 1, 2)
+
+
+def _fold(rows):
+    """Rows (slices, rows) as sketches (slices, 128)."""
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % WIDTH if rows.shape[1] else WIDTH)))
+    return jnp.sum(rows.reshape(rows.shape[0], -1, WIDTH), 1)
 
 
 def is_small(x) -> bool:
@@ -77,36 +127,14 @@ def is_small(x) -> bool:
     return x.size <= 2**14 and all(part is None for part in _spec(x))
 
 
-def _in_rows(xs, rows: int):
-    """Flat arrays as so many rows, which can be summed side by side."""
-    flat = xs[0].ndim == 1 and rows > 1 and _spec(xs[0])[0] is None
-    return [x.reshape(rows, -1) for x in xs] if flat else xs
-
-
-def _reduce(xs, over):
-    return jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, over)
-
-
-def _sum(x, axis, first: int = 0):
-    """The sum over all axes but `axis` and the `first` ones, float32, with 1 for an axis of None."""
-    kept = (*range(first), *(() if axis is None else (axis,)))
-    total = jnp.sum(x, tuple(i for i in range(x.ndim) if i not in kept)).astype(jnp.float32)
-    return _whole(total[..., None] if axis is None else total)
-
-
 def _spec(x):
     """How an explicit mesh spreads each axis of x, None where it does not."""
     return jax.typeof(x).sharding.spec
 
 
-def _whole(x):
+def whole(x):
     """The same on every device, where an explicit mesh shards it."""
     return jax.sharding.reshard(x, jax.P()) if any(part is not None for part in _spec(x)) else x
-
-
-def joined(xs: list, axes: list):
-    """`together` of what is to be summed of each leaf, as rows (k, L)."""
-    return jnp.concatenate([together(row, axis) for row, axis in zip(xs, axes, strict=True)], axis=1)
 
 
 def _add(xs, ys):

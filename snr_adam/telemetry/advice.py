@@ -5,12 +5,15 @@ With batches of B examples, the same loss takes (McCandlish et al. 2018, arXiv 1
     S = S_min (1 + B_simple / B) steps,   E = E_min (1 + B / B_simple) examples
 
 At B = B_simple both are twice the least. Below it, a batch twice as large nearly halves the steps; above it, the
-examples are wasted. Learning rate and decays are no numbers of their own, they go with the batch:
+examples are wasted. Learning rate and decays are not independent settings; they scale with the batch size:
 
     alpha ~ sqrt(B)                       the noise of the gradient falls by as much (Malladi et al. 2022)
     log b ~ B                             so that m and v remember as many examples as before (Marek et al. 2025)
 
 Both rules are local, so one goes from batch to batch in steps, and measures again.
+
+B_simple grows while a model learns, often tenfold and more. The number to put in is that of the whole run: B over the
+mean SNR, a harmonic mean (`over_run`), which fits McCandlish's curve where single values of the run do not.
 """
 
 import math
@@ -19,6 +22,12 @@ from typing import NamedTuple
 import numpy as np
 
 from snr_adam.telemetry.noise_scale import NoiseScale
+
+_NOT_TOO_LARGE, _IN_BALANCE = (
+    "The learning rate is not too large: gradients agree over the memory of m.",
+    "Steep directions are in balance with the noise. A larger learning rate is unlikely to help; a lower one, or a\n"
+    "decay, helps if the loss has stopped falling.",
+)
 
 STRIDE = 3
 """The doublings that are advised at once: 8 times the batch turns b1 = .9 into .43, 64 times into .001: no average."""
@@ -52,22 +61,46 @@ class Advice(NamedTuple):
     noise_scale: NoiseScale
     now: Setting
     advised: Setting
+    persistence: tuple[float, float] | None = None
 
     @property
     def signal(self) -> float:
         """The share of |g|^2 that is signal now, 1 / (1 + B_simple / B)."""
         return 1 / (1 + _least(self.noise_scale) / self.now.batch_size)
 
+    def _steps(self, scale: float) -> float:
+        bigger, now = self.advised.batch_size, self.now.batch_size
+        return now / bigger if np.isinf(scale) else (1 + scale / bigger) / (1 + scale / now)
+
     @property
     def steps(self) -> float:
         """Steps to the same loss, as a multiple of the present number."""
-        scale = _least(self.noise_scale)
-        return (1 + scale / self.advised.batch_size) / (1 + scale / self.now.batch_size)
+        return self._steps(_least(self.noise_scale))
+
+    @property
+    def steps_interval(self) -> tuple[float, float]:
+        """The ends of `steps` for the ends of the noise scale's interval, the smaller first."""
+        ends = (self._steps(float(x)) for x in (self.noise_scale.low, self.noise_scale.high) if not np.isnan(x))
+        known = sorted((self.steps, *ends))
+        return known[0], known[-1]
 
     @property
     def examples(self) -> float:
         """Examples, and so compute, to the same loss, as a multiple of the present number."""
         return self.steps * self.advised.batch_size / self.now.batch_size
+
+    @property
+    def examples_interval(self) -> tuple[float, float]:
+        """The ends of `examples`, likewise."""
+        ratio = self.advised.batch_size / self.now.batch_size
+        low, high = self.steps_interval
+        return low * ratio, high * ratio
+
+    @property
+    def learning_rate(self) -> str:
+        """What persistence says of the learning rate, "" where it says nothing."""
+        low, high = self.persistence or (math.nan, math.nan)
+        return _NOT_TOO_LARGE if low > 0.1 else _IN_BALANCE if high < 0.1 else ""
 
     def __str__(self) -> str:
         now = self.now
@@ -77,33 +110,82 @@ class Advice(NamedTuple):
             f"A gradient of {now.batch_size:,} is {found} signal, the rest of its power is noise.\n"
             f"  now      {now}\n"
         )
+        tail = f"\n{self.learning_rate}" if self.learning_rate else ""
         if self.advised == now:
-            return f"{head}  advised  the same"
+            return f"{head}  advised  the same{tail}"
+        steps, examples = (" to ".join(f"{x:.2g}" for x in x) for x in (self.steps_interval, self.examples_interval))
         return (
             f"{head}  advised  {self.advised}\n"
-            f"To the same loss: {self.steps:.2g} times the steps, {self.examples:.2g} times the examples.\n"
+            f"To the same loss: {self.steps:.2g} times the steps ({steps}),\n"
+            f"{self.examples:.2g} times the examples ({examples}).\n"
             "The learning rate goes with the square root of the batch, as the noise does. Signal and noise\n"
             f"still forget half in {now.half_life(now.b1):,.0f} and {now.half_life(now.b2):,.0f} examples."
-            f"{' Then measure again, to go on.' if self.advised.batch_size == now.batch_size * 2**STRIDE else ''}"
+            f"{' Then measure again, to go on.' if self.advised.batch_size == now.batch_size * 2**STRIDE else ''}{tail}"
         )
 
 
-def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999, *, largest=None) -> Advice:
+def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
+    """The noise scale of a whole run, B over the mean SNR of its reports; each counts for the steps since the last one.
+
+    Args:
+      history: a `History` of reports, made with or without a batch size. Those without an SNR are left out.
+      batch_size: B, the number of examples in a gradient.
+      since: leave out reports up to this step.
+
+    Returns:
+      A `NoiseScale` in examples. Its interval is that of the means of the ends of all reports' intervals, as if their
+      errors were the same; where no signal was found, it counts from 0.
+
+    Raises:
+      ValueError: if no report has an SNR.
+
+    >>> from types import SimpleNamespace
+    >>> from snr_adam.telemetry.history import History
+    >>> total = {"snr": 0.1, "snr_error": 0.01, "snr_low": 0.08, "snr_high": 0.125}
+    >>> print(over_run(History([SimpleNamespace(step=8, names=(), columns={}, total=total)]), batch_size=32))
+    320 (256 to 400)
+
+    Reference: McCandlish et al., arXiv 1812.06162, appendix C, for averages over a run.
+    """
+    steps = np.asarray(history.steps)
+    gaps = np.diff(steps, prepend=since)
+    keys = ("snr", "snr_error", "snr_low", "snr_high")
+    rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((4, 0), np.nan)
+    known = np.isfinite(rows).all(0) & (gaps[: rows.shape[1]] > 0)
+    if not known.any():
+        raise ValueError("no report of this history has an SNR: the first comes six steps after the start of a run")
+    snr, error, low, high = np.average(np.maximum(rows[:, known], 0), axis=1, weights=gaps[known])
+    found = bool(snr > 0 and low > 0)
+    value = batch_size / snr if found else math.inf
+    return NoiseScale(
+        value,
+        value * error / snr if found else math.inf,
+        batch_size / high if high > 0 else math.inf,
+        batch_size / low if found else math.inf,
+        "mean over the run",
+    )
+
+
+def advise(
+    noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999, *, largest=None, persistence=None
+) -> Advice:
     """The batch size that a noise scale asks for, with the learning rate and the decays that go with it.
 
     B' = B 2^k next to B_simple, |k| <= 3,   alpha' = alpha sqrt(B'/B),   b' = b^(B'/B)
 
     It is an order of magnitude: the best batches of McCandlish et al. lay between 1/8 and 20 times the run's average
-    noise scale (their Table 1). B_simple grows while a model learns, so measure late rather than early. Where no signal
-    was found, a larger batch brings it back, and so does a lower learning rate.
+    noise scale (their Table 1). Put in that of a whole run, `over_run(history, batch_size)`, not the last number alone.
 
     Args:
-      noise_scale: a measurement, in examples. Where it is ">= limit", the limit is taken for it and k is at least 0.
+      noise_scale: a measurement, in examples. Where no signal was found, its lower end is taken and k is at least 0.
       batch_size: B, the number of examples in a batch now.
       learning_rate: alpha now.
       b1: the decay of the signal's moving average now.
       b2: the decay of the noise's moving average now.
       largest: the largest batch that is possible, if there is one.
+      persistence: the ends of the interval of `persistence` in a report, (low, high), for a sentence about the learning
+        rate where experiments bear one out: above 0.1 that it is not too large, below 0.1 that a larger one is unlikely
+        to help.
 
     Returns:
       An `Advice`. Print it.
@@ -113,11 +195,12 @@ def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999,
 
     >>> from snr_adam.telemetry.noise_scale import from_scalars
     >>> print(advise(from_scalars(4.0, 1.0, 0.1, batch_size=32), 32, 1e-3))
-    The noise scale is 96 +- 13 examples.
+    The noise scale is 96 (75 to 128) examples.
     A gradient of 32 is 25% signal, the rest of its power is noise.
       now      32 examples, learning rate 0.001, b1 0.9, b2 0.999
       advised  128 examples, learning rate 0.002, b1 0.656, b2 0.99601
-    To the same loss: 0.44 times the steps, 1.8 times the examples.
+    To the same loss: 0.44 times the steps (0.4 to 0.47),
+    1.8 times the examples (1.6 to 1.9).
     The learning rate goes with the square root of the batch, as the noise does. Signal and noise
     still forget half in 211 and 22,170 examples.
 
@@ -131,10 +214,10 @@ def advise(noise_scale: NoiseScale, batch_size, learning_rate, b1=0.9, b2=0.999,
     doublings = min(max(doublings, -STRIDE), STRIDE)
     if largest is not None:
         doublings = min(doublings, math.floor(math.log2(largest / now.batch_size)))
-    return Advice(noise_scale, now, now.at(max(1, math.floor(now.batch_size * 2.0**doublings))))
+    return Advice(noise_scale, now, now.at(max(1, math.floor(now.batch_size * 2.0**doublings))), persistence)
 
 
 def _least(noise_scale: NoiseScale) -> float:
     """The noise scale, or what it exceeds; 0 where even that is unknown."""
-    least = noise_scale.limit if np.isinf(noise_scale.value) else noise_scale.value
+    least = noise_scale.low if np.isinf(noise_scale.value) else noise_scale.value
     return float(least) if np.isfinite(least) else 0.0

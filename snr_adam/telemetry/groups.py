@@ -43,7 +43,7 @@ def microbatches(loss, size: int, *, at_once: int | None = 1):
     ...     return jnp.mean((w - x) ** 2) / 2
     >>> (value, groups), grad = microbatches(loss, 1)(0.0, jnp.array([1.0, 2.0, 3.0, 4.0]))
     >>> print(value, grad, from_groups(*groups))  # Sigma = 5/3, G^2 = 2.5^2 - 5/12
-    3.75 -2.5 0.29 +- 0.29
+    3.75 -2.5 0.29 (0 to 1.4)
 
     Reference: `optax.microbatching.micro_grad`, which does the work.
     """

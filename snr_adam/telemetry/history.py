@@ -23,14 +23,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from secrets import token_hex
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from snr_adam.telemetry import text
-
-_FORMAT = "snr_adam history, version 1"
+from snr_adam.telemetry._reading import FORMAT, PARTS, checksum, of_jsonl, of_npz, reports
 
 
 class Series(Mapping):
@@ -83,6 +81,8 @@ class History:
         self._steps: list[int] = []
         self.names: tuple[str, ...] = ()
         self.columns, self.total = Series(), Series()
+        if hasattr(reports, "columns") or not isinstance(reports, Iterable):
+            raise TypeError(f"History: got a {type(reports).__name__}, give a list of reports: of one alone, [report]")
         for report in reports:
             self.append(report)
 
@@ -102,7 +102,14 @@ class History:
 
         Raises:
           ValueError: if its layers or quantities are not those of the reports before.
+          TypeError: if it is no report, but for instance the state that one is made of.
         """
+        missing = [key for key in ("step", "names", "columns", "total") if not hasattr(report, key)]
+        if missing:
+            raise TypeError(
+                f"History.append takes a report and got a {type(report).__name__}, which has no {missing[0]}: write "
+                "history.append(snr_adam.report(opt_state))"
+            )
         step, names = int(report.step), tuple(report.names)
         if self._steps:
             _same("layers", self.names, names, step)
@@ -172,7 +179,7 @@ class History:
         The file appears whole or not at all, so a run that is killed leaves the file of the save before, and of several
         processes, threads or hosts that save under one name the last to finish is read.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         write = _of(_WRITERS, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{token_hex(8)}.tmp")  # a process id is shared by threads and hosts
@@ -187,9 +194,11 @@ class History:
         """Reads what `save` wrote; the same bits come back.
 
         Raises:
-          ValueError: if the file's name ends in neither .npz nor .jsonl, or if it holds something else.
+          ValueError: if the file's name ends in neither .npz nor .jsonl, if it is damaged or was cut short, if its
+            steps do not grow, or if it holds something else.
         """
-        return cls(_of(_READERS, Path(path))(Path(path)))
+        path = Path(path).expanduser()
+        return cls(reports(path, _of(_READERS, path)))
 
 
 def _same(what: str, before: tuple[str, ...], now: tuple[str, ...], step: int) -> None:
@@ -209,56 +218,28 @@ def _of(formats: Mapping[str, Any], path: Path):
 
 
 def _write_npz(history: History, path: Path) -> None:
-    arrays = {f"columns/{key}": values for key, values in history.columns.items()}
+    arrays: dict[str, Any] = {f"columns/{key}": values for key, values in history.columns.items()}
     arrays |= {f"total/{key}": values for key, values in history.total.items()}
+    arrays = {"format": FORMAT, PARTS: np.array(list(arrays), str), **arrays}
     with path.open("wb") as file:
-        np.savez_compressed(file, format=_FORMAT, steps=history.steps, names=np.array(history.names, str), **arrays)
-
-
-def _read_npz(path: Path) -> Iterator[Any]:
-    with np.load(path, allow_pickle=False) as file:
-        _check(path, str(file["format"]) if "format" in file else None)
-        names = tuple(str(name) for name in file["names"])
-        groups = {group: {k.partition("/")[2]: file[k] for k in file if k.startswith(group)} for group in _GROUPS}
-        for i, step in enumerate(file["steps"]):
-            columns, total = ({key: values[i] for key, values in groups[group].items()} for group in _GROUPS)
-            yield SimpleNamespace(step=step, names=names, columns=columns, total=total)
+        np.savez_compressed(file, **arrays, steps=history.steps, names=np.array(history.names, str))
 
 
 def _write_jsonl(history: History, path: Path) -> None:
     columns, total = dict(history.columns), dict(history.total)
-    with path.open("w", encoding="utf-8") as file:
-        lines: list[Any] = [{"format": _FORMAT, "names": history.names}]
-        for i, step in enumerate(history.steps.tolist()):
-            rows = {key: [_to_json(x) for x in values[i].tolist()] for key, values in columns.items()}
-            sums = {key: _to_json(float(values[i])) for key, values in total.items()}
-            lines.append({"step": step, "total": sums, "columns": rows})
-        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-
-
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        first = json.loads(file.readline() or "null")
-        _check(path, first.get("format") if isinstance(first, dict) else None)
-        for line in map(json.loads, file):
-            columns = {key: [_from_json(x) for x in values] for key, values in line["columns"].items()}
-            total = {key: _from_json(x) for key, x in line["total"].items()}
-            yield SimpleNamespace(step=line["step"], names=tuple(first["names"]), columns=columns, total=total)
+    lines = []
+    for i, step in enumerate(history.steps.tolist()):
+        rows = {key: [_to_json(x) for x in values[i].tolist()] for key, values in columns.items()}
+        sums = {key: _to_json(float(values[i])) for key, values in total.items()}
+        lines.append(json.dumps({"step": step, "total": sums, "columns": rows}, allow_nan=False) + "\n")
+    first = {"format": FORMAT, "names": history.names, **checksum(lines)}
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines([json.dumps(first) + "\n", *lines])
 
 
 def _to_json(x: float) -> float | str | None:
     return x if math.isfinite(x) else None if math.isnan(x) else str(x)
 
 
-def _from_json(x: float | str | None) -> float:
-    return math.nan if x is None else float(x)
-
-
-def _check(path: Path, found: str | None) -> None:
-    if found != _FORMAT:
-        raise ValueError(f"{path} is not a {_FORMAT}" + (f", but a {found}" if found else ""))
-
-
-_GROUPS = ("columns/", "total/")
 _WRITERS = {".npz": _write_npz, ".jsonl": _write_jsonl}
-_READERS = {".npz": _read_npz, ".jsonl": _read_jsonl}
+_READERS = {".npz": of_npz, ".jsonl": of_jsonl}

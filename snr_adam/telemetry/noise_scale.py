@@ -6,21 +6,22 @@ two are equally strong is the (simple) noise scale of McCandlish et al. 2018 (ar
     B_simple = tr(Sigma) / |G|^2                 E |g|^2 = |G|^2 + tr(Sigma) / B
 
 The difficulty is |G|^2: the square of every average of gradients holds some of the noise. So each method here is a way
-to see how much of the power A = |g|^2 is *persistent*, L = |G|^2; then B_simple = B (A - L) / L.
+to see how much of the power A = |g|^2 is signal, S = |G|^2; then B_simple = B (A - S) / S.
 
-    from_scalars   L is the inner product with the momentum of the step before, whose noise is another one
+    report         the lags of successive gradients (`columns`), of any observed optimizer, at any learning rate
     from_groups    n gradients of b examples, from micro-batches, replicas or single examples (McCandlish, appendix A.1)
     from_moments   Adam's m and v, less the share rho of the noise that passes m (Balles & Hennig 2018 for b1 = b2)
     l1_from_moments    the same in Adam's own geometry, ||sigma||_1^2 / ||G||_1^2 (Naganuma et al. 2026)
+    from_scalars   any other estimate of S, with its error
 
-With n groups rho is 1/n, so the last three are one formula. L may come out as nothing but chance, or negative. Then
-there is no number to report, but a bound: B_simple is above `limit`. And before a ratio is formed, A and L are averaged
-over steps, each by itself: the mean of ratios is not the ratio of means.
+With n groups rho is 1/n, so the three in the middle are one formula. S may come out as nothing but chance, or negative.
+Then there is no number to report, but a bound: B_simple is above `low`. And before a ratio is formed, A and S are
+averaged over steps, each by itself: the mean of ratios is not the ratio of means.
 
-What is averaged over steps, in m or afterwards, is taken to stay: late in training, when G turns round every few steps,
-momentum keeps less of it than |G|^2, and B_simple is that of the descent that persists, larger than the instantaneous
-one (twice that, from step 400 on, in `examples/noise_scale.py`). All of it measures gradients: clipping and L2 decay
-before the measurement distort it, so measure before them.
+What is averaged in m is taken to stay. At ordinary learning rates it does not: G turns round every few steps, momentum
+keeps little of it, and the noise in m has itself moved the parameters. So the two methods from moments are for timid
+learning rates and for averages at fixed parameters; the others hold at any. All of it measures gradients: clipping and
+L2 decay before the measurement distort it, so measure before them.
 """
 
 import math
@@ -43,85 +44,92 @@ the diagonal of Sigma, all that v knows, would say 155 and promise an error 3.5 
 
 
 class NoiseScale(NamedTuple):
-    """B_simple = tr(Sigma) / |G|^2 in examples. `str()` is "71 +- 12", or ">= 400" where no signal was found.
+    """B_simple = tr(Sigma) / |G|^2 in examples. `str()` is "71 (54 to 103)", or ">= 400" where no signal was found.
 
-    value: never negative; inf where the signal is within 2 standard errors of none.
-    error: the standard error of `value`, inf where that is; nan if unknown.
-    limit: the largest value that could have been told from inf; where `value` is inf, what it exceeds at 2 sigma.
+    value: never negative; inf where no signal was found.
+    error: the standard error of `value`, inf where that is; nan if unknown. Relative to it that of the SNR.
+    low, high: the ends of its 95 % interval; `high` is inf where `value` is, which then is above `low`.
     method: how it was measured, in a word.
     """
 
     value: Any
     error: Any
-    limit: Any
+    low: Any
+    high: Any
     method: str
 
     def __str__(self) -> str:
-        each = [_text(*numbers) for numbers in np.broadcast(self.value, self.error, self.limit)]
+        each = [_text(*numbers) for numbers in np.broadcast(self.value, self.low, self.high)]
         return each[0] if np.ndim(self.value) == 0 else f"[{', '.join(each)}]"
 
 
-def _text(value, error, limit) -> str:
+def _text(value, low, high) -> str:
     if np.isinf(value):
-        return ">= ?" if np.isnan(limit) else f">= {_number(limit)}"
-    return f"{_number(value)} +- {'?' if np.isnan(error) else _number(error)}"
+        return ">= ?" if np.isnan(low) else f">= {_number(low)}"
+    return f"{_number(value)} ({_number(low)} to {_number(high)})"
 
 
 def _number(x) -> str:
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+    return "?" if np.isnan(x) else f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
-def _divide(power, signal, error, bounds, size, method) -> NoiseScale:
-    """B (A - L) / L where L is above the first of the bounds: the least that is told from none. The second bounds L."""
-    power, signal, error, least, most, size = (np.asarray(x, float) for x in (power, signal, error, *bounds, size))
+def _divide(power, signal, least, most, error, size, method) -> NoiseScale:
+    """B (A - S) / S where S, which is between `least` and `most`, is above 0."""
+    power, signal, least, most, error, size = (np.asarray(x, float) for x in (power, signal, least, most, error, size))
+
+    def scale(signal):
+        return size * np.maximum(power / signal - 1, 0)
+
     with np.errstate(all="ignore"):
-        found = (signal > 0) & ~(signal <= least)
-        value = np.where(found, size * np.maximum(power / signal - 1, 0), np.inf)
+        found = (signal > 0) & ~(least <= 0)
+        value = np.where(found, scale(signal), np.inf)
         spread = np.where(found, size * (power / signal) * (error / signal), np.inf)
-        limit = size * np.maximum(power / np.where(found, least, most) - 1, 0)
+        ends = scale(np.maximum(most, 0)), np.where(found, scale(least), np.inf)
     missing = np.isnan(power) | np.isnan(signal)
-    value, spread, limit = (np.where(missing, np.nan, x)[()] for x in (value, spread, limit))
-    return NoiseScale(value, spread, limit, method)
+    value, spread, low, high = (np.where(missing, np.nan, x)[()] for x in (value, spread, *ends))
+    return NoiseScale(value, spread, low, high, method)
 
 
-def from_scalars(gradient_sq, persistent, persistent_error, *, batch_size=1.0, method="scalars") -> NoiseScale:
-    """The noise scale from the power of the gradients and the persistent part of it.
+def from_scalars(gradient_sq, signal_sq, signal_sq_error, *, batch_size=1.0, method="scalars") -> NoiseScale:
+    """The noise scale from the power of the gradients and the part of it that is signal.
 
-    B_simple = B (A - L) / L,   A = E |g_t|^2,   L = E <m^_{t-1}, g_t>
-
-    m^_{t-1} is the average of the gradients before g_t. Its noise is independent of g_t's, so L estimates |G|^2 with no
-    noise in it, whatever the optimizer does with m, and A - L estimates tr(Sigma) / B.
+    B_simple = B (A - S) / S,   A = E |g|^2,   S = |G|^2
 
     Args:
       gradient_sq: A, the average over steps of the squared norm of the mini-batch gradient. A number or an array.
-      persistent: L, the average over steps of the inner product with the bias-corrected momentum before it.
-      persistent_error: the standard error of L. That of A is neglected: near the limit it is much smaller.
+      signal_sq: S, an unbiased estimate of the squared norm of the true gradient; it may be negative. Likewise.
+      signal_sq_error: the standard error of S. That of A is neglected: near no signal it is much smaller.
       batch_size: B, the number of examples in a mini-batch. With 1 the result is in mini-batches.
       method: what to call it.
 
     Returns:
-      A `NoiseScale` of the arguments' shape, on the host. Where L is within 2 standard errors of 0, or negative, the
+      A `NoiseScale` of the arguments' shape, on the host. Where S is within 2 standard errors of 0, or negative, the
       value is inf; where it is more than A, 0.
 
+    Raises:
+      ValueError: if `batch_size` is not above 0.
+
     >>> print(from_scalars(4.0, 1.0, 0.1, batch_size=32))
-    96 +- 13
+    96 (75 to 128)
     >>> print(from_scalars(4.0, -0.05, 0.1, batch_size=32))
     >= 608
     """
-    error = np.asarray(persistent_error, float)
-    bounds = 2 * error, np.maximum(persistent, 0) + 2 * error
-    return _divide(gradient_sq, persistent, error, bounds, batch_size, method)
+    if not np.all(np.asarray(batch_size) > 0):
+        raise ValueError(f"batch_size={batch_size}: the number of examples in a gradient is above 0")
+    signal, error = np.asarray(signal_sq, float), np.asarray(signal_sq_error, float)
+    ends = signal - 2 * error, np.maximum(signal, 0) + 2 * error
+    return _divide(gradient_sq, signal, *ends, error, batch_size, method)
 
 
 def _less_floor(power, smoothed, rho):
-    """L from the power of one gradient and of an average that noise passes with a share rho of its variance."""
+    """S from the power of one gradient and of an average that noise passes with a share rho of its variance."""
     return (smoothed - rho * power) / (1 - rho)
 
 
 def _model_error(power, persistent, rho, d_eff):
-    """The standard error of that L, for Gaussian noise of equal size in d_eff directions.
+    """The standard error of that S, for Gaussian noise of equal size in d_eff directions.
 
-    L is quadratic in an average gradient of noise power rho T, so its variance is 2 rho T (rho T + 2 L) / d_eff.
+    S is quadratic in an average gradient of noise power rho T, so its variance is 2 rho T (rho T + 2 S) / d_eff.
     """
     noise = rho * np.maximum(power - persistent, 0)
     return np.sqrt(2 * noise * (noise + 2 * np.maximum(persistent, 0)) / d_eff) / (1 - rho)
@@ -149,7 +157,7 @@ def from_groups(groups_sq, mean_sq, n, batch_size, *, error=None, d_eff=D_EFF, m
       ValueError: if there are fewer than two groups.
 
     >>> print(from_groups(5.0, 3.0, n=8, batch_size=4))
-    3.4 +- 1.8
+    3.4 (0.97 to 10)
 
     Reference: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
     """
@@ -172,14 +180,14 @@ def from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
 
     A share rho of the noise passes m. For a moving average it is `EMA(b1).floor(t)`, 1/19 for b1 = .9; for a mean over
     n groups it is 1/n. v must be of the same time as m: with b2 = .999 it lags by 1,000 steps, and while gradients
-    shrink the result is too large. Adam with b1 = b2, or `from_scalars`, does not have that error.
+    shrink the result is too large. Adam with b1 = b2 does not have that error, nor has `report`.
 
     Args:
       m: the average gradient, bias-corrected. A tree of arrays. For Adam `optax.tree.bias_correction(mu, b1, count)`.
       v: the average squared gradient, bias-corrected. A tree of the same structure and shapes, or its sum.
       rho: Var[m] / Var[g], at least 0 and less than 1. 0 if m and v are means over all the data there is.
       batch_size: B, the number of examples behind one gradient.
-      d_eff: the number of directions in which the noise is spread; the limit is B (1-rho)/rho sqrt(d_eff/8).
+      d_eff: the number of directions in which the noise is spread; without signal `low` is B (1-rho)/rho sqrt(d_eff/8).
 
     Returns:
       A `NoiseScale`, on the host.
@@ -188,7 +196,7 @@ def from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
       ValueError: if rho is not in [0, 1).
 
     >>> print(from_moments(jnp.array([1.0, -1.0]), jnp.array([4.0, 4.0]), rho=1 / 19, batch_size=32))
-    122 +- 48
+    122 (62 to 379)
 
     Reference: Balles & Hennig 2018, arXiv 1705.07774, for b1 = b2. It holds for all, as E v^ does not depend on b2.
     """
@@ -206,7 +214,7 @@ def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
     |G| = |m| - s e^{-z^2/2} (0.93 - 0.73 z^2),   s^2 = rho sigma^2,   z = m / s
 
     |m| is too large on average, by 0.8 s where there is no signal; raw |g| in its place makes the estimate saturate at
-    1.57 B. The subtracted term leaves 0.4 s at G = 0, at most 0.1 s from G = s/2 on and nothing at large G, and `limit`
+    1.57 B. The subtracted term leaves 0.4 s at G = 0, at most 0.1 s from G = s/2 on and nothing at large G, and `low`
     knows of the rest. At b1 = .9 a true 10 B reads as 8.5 to 11 B whether G / sigma is the same everywhere or spread
     like a normal, Laplace or t3 distribution over the parameters, and as 7 B if half of them have no signal.
 
@@ -224,7 +232,7 @@ def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
       ValueError: if rho is not in [0, 1).
 
     >>> print(l1_from_moments(jnp.array([1.0, -1.0]), jnp.array([2.0, 2.0]), rho=0.05, batch_size=32))
-    34 +- 9.5
+    34 (18 to 80)
 
     Reference: Naganuma et al. 2026, arXiv 2602.03001, for B_l1; the debiased signal is ours.
     """
@@ -232,8 +240,9 @@ def l1_from_moments(m, v, rho, batch_size, *, d_eff=D_EFF) -> NoiseScale:
     sigma, signal = (max(float(x), 0.0) for x in _absolute_sums(m, v, rho))
     passed = math.sqrt(rho) * sigma
     error = passed / math.sqrt(d_eff)
-    bounds = (2 * math.hypot(0.4 * passed, error)) ** 2, (signal + 2 * error) ** 2
-    return _divide(sigma**2 + signal**2, signal**2, 2 * signal * error, bounds, batch_size, "l1 moments")
+    least = max(signal - 2 * math.hypot(0.4 * passed, error), 0.0) ** 2
+    ends = least, (signal + 2 * error) ** 2
+    return _divide(sigma**2 + signal**2, signal**2, *ends, 2 * signal * error, batch_size, "l1 moments")
 
 
 def _checked(rho) -> float:

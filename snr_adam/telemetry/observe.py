@@ -1,41 +1,26 @@
 """Signal and noise of a running optimizer, per layer: what is measured on the device, while it trains.
 
-A gradient is g_t = G + x_t: the true gradient and noise of covariance Sigma, independent from step to step. The
-optimizer's first moment is a weighted sum of past gradients, m_{t-1} = sum_s a_s g_s, so m^ = m / sum a_s is an average
-of them. Two sums per leaf and step, with g as the moment sees it (clipped, scaled), carry everything that is linear:
+A gradient is g_t = G + x_t: the true gradient and noise of covariance Sigma, independent from step to step. A look
+takes sums over each leaf, with g as the moment sees it (clipped, scaled):
 
     A_t = |g_t|^2              E A = |G|^2 + tr(Sigma)       the power of one gradient
-    L_t = <m^_{t-1}, g_t>      E L = |G|^2                   its persistent part: the noises of m and g are independent
-    SNR = L / (A - L)          averages over steps first, then the ratio; it may come out negative where there is none
+    L_t = <m^_{t-1}, g_t>      what gradients agree on over the memory of m: the persistent part of |G|^2
+    s_t                        128 sums with random signs, a sketch of g, whose products over successive steps
+                               give |G|^2 at any learning rate (`_lags`)
 
 *This step's numbers.* Signal |m^|, noise sqrt(sum v^), their ratio and its floor are those of the step looked at, with
-that step's own weights. On accelerators A and L are taken at every step, in the update's own kernel, and the rest
+that step's own weights. On accelerators the sums are taken at every step, in the update's own kernel, and the rest
 follows from m_t = (1-k) m_{t-1} + c g_t (c the gain, k the leak of the moment, one number for an average):
 
     |m_t|^2 = (1-k)^2 |m_{t-1}|^2 + 2 (1-k) c <m_{t-1}, g_t> + c^2 A_t        sum v_t = (1-k) sum v_{t-1} + c A_t
 
 On CPU nothing fuses with a sum. There a look is a second pass, over g and the new moments, after the step, under a
-`lax.cond` that only every Nth step takes; <m_{t-1}, g> is (<m_t, g> - c A) / (1-k).
+`lax.cond`; <m_{t-1}, g> is (<m_t, g> - c A) / (1-k). Looks come in bursts of six successive steps, as the lags need
+them, one burst in 6 N steps for `every` = N.
 
-*Floor.* Noise passes m^ too: E |m^|^2 = |G|^2 + rho tr(Sigma) with rho = sum a_s^2 / (sum a_s)^2, for an EMA
-(1-b)(1+b^t) / ((1+b)(1-b^t)). Pure noise shows a pseudo-SNR |m^| / |v^|^(1/2) of sqrt(rho): 0.23 for b1 = .9.
-
-*Standard error.* With l = L / A the error of the SNR is that of z_t = (L_t - l A_t) / A, by the delta
-method:
-
-    Var SNR = sum w^2 (Var z + 2 q / (1-q) (rho + (1 - 2l) a_1 / b) V) / (1-l)^4,   V = Var(L/A) l / (l + rho)
-
-w are the weights of the looks, Var z is measured. The second term is the autocorrelation of L_t. Where all is noise it
-is 0: L_t is a martingale difference. Where there is signal, x_s enters L_s through <G, x_s> and again, through m, all
-later ones: V = G' Sigma G / A^2 is that part of Var L, taking it that the signal lies in the directions where the noise
-lies; a_1 is the weight of the newest gradient in m^ (1-b for an EMA), q = a b^k with a the decay of the average and k
-the steps between two looks. Left out, the error of L would be half of what it is. Where the SNR is above 1 the second
-term is negative and the difference of the two uncertain; it is kept above its value for Gaussian noise,
-
-    ((1 - 2l)^2 + rho) V + (rho + 2 l^2) V (1-l) / l       in place of Var z where that is less.
-
-The error of L itself is the same with l = 0 in the brackets and Var(L/A) for Var z. Less signal than about 2 errors
-cannot be told from none: the limit, which `noise_scale` turns into ">= limit".
+*Floor.* Noise passes m^ too: E |m^|^2 = |G|^2 + rho tr(Sigma) with rho = sum a_s^2 / (sum a_s)^2 for the weights a_s of
+past gradients in m, for an EMA (1-b)(1+b^t) / ((1+b)(1-b^t)). Pure noise shows a pseudo-SNR |m^| / |v^|^(1/2) of
+sqrt(rho): 0.23 for b1 = .9.
 
 *Decays* are known: this package's steps say theirs, those of other optimizers are found before the run (`_outside.py`).
 A moment that is no linear average of the gradients has no L, no signal and no floor: they are nan.
@@ -46,24 +31,26 @@ would cost a branch and 8 bytes per parameter, they are not made.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from snr_adam import _compiler, _tree
+from snr_adam import _checks, _compiler, _tree
+from snr_adam._bits import seeds_at
 from snr_adam._look import Look
 from snr_adam._moments import find, kinds_in
+from snr_adam._recipe import with_recipe
 from snr_adam.telemetry import _averages as averages
+from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
-from snr_adam.telemetry._averages import Last, Means, Memory
+from snr_adam.telemetry._averages import Last, Memory
 from snr_adam.telemetry._outside import Clipped, Outside, as_computed, averages_of
 from snr_adam.telemetry._seen import Leaf, Shown, observed_in
+from snr_adam.telemetry._state import Watched, blank
 from snr_adam.transform import ScaleBySnrState
 
-_EARLY = 4  # steps that are looked at whatever `every` says
 _RAREST = 64
 _WINDOWS = {
     "MultiStepsState": "optax.MultiSteps(snr_adam.observe(tx), k)",
@@ -72,71 +59,22 @@ _WINDOWS = {
 }
 
 
-@_tree.exportable
-class ObserveState(NamedTuple):
-    """The state of `observe`: the wrapped optimizer's, unchanged, and float32 arrays with a column per leaf.
-
-    inner: the wrapped state. count: int32, steps taken. seen: int32, looks in the means. looked, detailed: int32, the
-    steps of the last look and of the last details. square: the sum of the squared weights of the means.
-    axis: int32 (L,), the axis a leaf was sliced along, or -1.
-    means, memory, last: rows named by `Means` (L + 1), `Memory` and `Last` (L).
-    """
-
-    inner: Any
-    count: Any
-    seen: Any
-    looked: Any
-    detailed: Any
-    square: Any
-    axis: Any
-    means: Any
-    memory: Any
-    last: Any
-
-
-class _Sums(NamedTuple):
-    """What a step adds to an `ObserveState`, beside the count."""
-
-    seen: Any
-    looked: Any
-    detailed: Any
-    square: Any
-    means: Any
-    memory: Any
-    last: Any
-
-
-def _blank(inner, observed, leaves) -> ObserveState:
-    """The state before the first step."""
-    axes = [-1 if leaf.axis is None else leaf.axis for leaf in observed for _ in range(leaf.size)]
-    n = len(axes)
-    own: Any = (
-        *(jnp.zeros((), jnp.int32) for _ in range(4)),
-        jnp.zeros((), jnp.float32),
-        jnp.asarray(axes, jnp.int32),
-        averages.zeros(Means, n + 1),
-        averages.zeros(Memory, n),
-        averages.zeros(Last, n),
-    )
-    if any(map(_tree.is_abstract, leaves)):
-        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
-    return ObserveState(inner, *own)
-
-
+@with_recipe
 def observe(
     tx: optax.GradientTransformation, every: int = 1, layer_axis: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Watches an optimizer: its updates and its state are the same bits with and without.
 
-    SNR = L / (A - L),   A = average of |g_t|^2,   L = average of <m^_{t-1}, g_t>, per leaf. Read it with
-    `report(opt_state)` or `metrics(opt_state)`, at any time.
+    SNR = |G|^2 / tr(Sigma), per leaf, from products of successive gradients, beside Adam's own signal / noise. Read it
+    with `report(opt_state)` or `metrics(opt_state)`, at any time.
 
     Args:
       tx: any optimizer with a first moment: one of this package, `optax.adamw`, `optax.lion`, `optax.sgd` with
         momentum, a chain, ... What is measured is what the moment sees: behind a `guard` that clips, the clipped
         gradients, whether it is around `observe` or inside of it.
-      every: look at one step in so many, and at the first four. On CPU, where a look is a pass of its own, 10 looks a
-        tenth as often; the averages then reach ten times as far back. On accelerators 1 costs nothing.
+      every: look at one step in so many, in bursts of six successive steps: with 10 at steps 1 to 6, 61 to 66, ... On
+        CPU, where a look is a pass of its own, 10 looks a tenth as often; the averages then reach ten times as far
+        back. On accelerators 1 costs nothing.
       layer_axis: the axis along which leaves stack layers (as scanned layers do), to report each layer by itself: an
         int for all leaves, a dict from patterns (regular expressions, searched in "layers/kernel") to ints, or None.
 
@@ -150,17 +88,16 @@ def observe(
     >>> tx = observe(optax.adamw(1e-3))
     >>> w = jnp.ones(4)
     >>> state = tx.init(w)
-    >>> for step in range(4):
+    >>> for step in range(6):
     ...     updates, state = jax.jit(tx.update)(jnp.ones(4), state, w)  # one gradient for ever: no noise at all
-    >>> means = Means(*state.means)
-    >>> print(means.gradient_sq, means.persistent.round(4))
-    [4. 4.] [4. 4.]
+    >>> from snr_adam.telemetry.report import report
+    >>> print(round(report(state).total["pseudo_snr"], 4), report(state).total["snr"])
+    1.0 inf
 
     Reference: Balles & Hennig 2018 (arXiv 1705.07774) for rho; McCandlish et al. 2018 (arXiv 1812.06162) for A.
     """
-    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
-        raise ValueError(f"observe: every={every!r} must be a whole number of steps, 1 or more")
-    tx = optax.with_extra_args_support(tx)
+    _checks.check_layer_axis("observe", layer_axis)
+    every, tx = _checks.check_whole("observe: every", every), _checks.check_optimizer("observe", tx)
     known: dict = {}
 
     def from_outside(leaves, outer):
@@ -195,7 +132,7 @@ def observe(
             )
         if not all(x is None or isinstance(x.owner, ScaleBySnrState) for x in found):
             from_outside(leaves, outer)
-        return _blank(inner, observed, leaves)
+        return blank(inner, observed, leaves)
 
     def shown(leaves, outer, updates, state, inner, out, look, params) -> Shown:
         """What there is to ask of each observed leaf."""
@@ -230,13 +167,15 @@ def observe(
         leaves, outer = _tree.flatten(updates)
         step = shown(leaves, outer, updates, state, inner, out, own, params)
         t: Any = optax.safe_increment(_tree.checked_count(state.count))
-        old = _Sums(state.seen, state.looked, state.detailed, state.square, state.means, state.memory, state.last)
-        due = (t % every == 0) | (t <= _EARLY)
+        old = Watched(**{name: getattr(state, name) for name in Watched._fields})
+        burst, place = state.count // (lags.BURST * every), state.count % (lags.BURST * every)
+        due = place < lags.BURST
+        seeds = seeds_at(burst, len(step.observed))
 
         def keep(new, old, where):
             return jax.tree.map(lambda x, y: jnp.where(where, x, y), new, old)
 
-        def after(power, product, first, second, memory, detail) -> _Sums:
+        def after(power, product, first, second, sketches, memory, detail) -> Watched:
             """The sums after this step, if it is looked at and was finite."""
             ok = jnp.isfinite(jnp.sum(power))
             last, persistent = step.numbers(power, product, first, second, Memory(*old.memory), memory)
@@ -244,7 +183,18 @@ def observe(
             means, square, seen = keep((means, square, seen), (old.means, old.square, old.seen), ok & (state.count > 0))
             last, detailed = detail(last, seen, memory)
             last = keep(averages.stack(last), old.last, ok)
-            return _Sums(seen, jnp.where(ok, t, old.looked), detailed, square, means, old.memory, last)
+            sketches = lags.put(old.sketches, sketches, place, ok)
+            looked = jnp.where(ok, t, old.looked)
+            return Watched(seen, looked, detailed, old.bursts, square, means, old.lags, old.memory, last, sketches)
+
+        def burst_after(new: Watched, choose) -> Watched:
+            """The same with what the burst has shown, if it has come to its end."""
+
+            def ended():
+                return lags.after_a_burst(old.lags, old.bursts, new.sketches, step.is_whole)
+
+            found, bursts = choose(place == lags.BURST - 1, ended, lambda: (old.lags, old.bursts))
+            return new._replace(lags=found, bursts=bursts)
 
         def afterwards():
             """On CPU: a second pass, over the gradient and the new moments."""
@@ -258,7 +208,7 @@ def observe(
 
             def look():
                 memory = step.remember(Memory(*old.memory))
-                return after(*step.after_the_step(), memory, detail)
+                return burst_after(after(*step.after_the_step(seeds), memory, detail), jax.lax.cond)
 
             new, zero = jax.lax.cond(
                 due & step.ok, lambda: (look(), _compiler.not_yet(t)), lambda: (old, jnp.uint32(0))
@@ -271,8 +221,8 @@ def observe(
             return keep(new, old.memory, step.ok)
 
         def tied(x, p, u):
-            """x, tied to a 16-bit parameter: on TPU what waits for one is made in the kernel that makes it."""
-            if p is None or u is None or jnp.result_type(p).itemsize >= 4:
+            """x, tied to the new parameter: on TPU what waits for it is made in the kernel that makes it."""
+            if p is None or u is None:
                 return x
             if gate is not None:  # a guard around this observe will do so
                 u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
@@ -280,11 +230,12 @@ def observe(
 
         def inside(take=sums.one_each, tie=tied):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, direct = step.in_the_step(take, tie)
+            power, product, direct, sketches = step.in_the_step(seeds, take, tie)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
-            new = after(power, product, memory.first, second, memory, lambda last, *_: (last, old.detailed))
+            new = after(power, product, memory.first, second, sketches, memory, lambda last, *_: (last, old.detailed))
+            new = burst_after(new, lambda due, new, old: keep(new(), old(), due))
             new = keep(new, old, due & step.ok)
             return new._replace(memory=keep(averages.stack(memory), old.memory, step.ok)), jnp.uint32(0)
 

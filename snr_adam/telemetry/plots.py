@@ -22,31 +22,30 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from snr_adam.telemetry import _matplotlib as mpl
+from snr_adam.telemetry._matplotlib import Axes, Figure, LogNorm, Normalize
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
-_COLORS = colormaps["viridis"].with_extremes(bad="#dddddd")
+_COLORS = mpl.colormaps["viridis"].with_extremes(bad="#dddddd")
 _MULTIPLES = {1: "floor", 1.25: "1.25", 1.5: "1.5", 2: "2", 3: "3", 4: "4", 6: "6", 10: "10"}
 _NAMED_LAYERS = 40  # more names than these cannot be read on one axis
 _GRADIENT = "loss per unit of weight"
 _STEPS = "steps (updates)"
-_THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.10g}")
+_THOUSANDS = mpl.FuncFormatter(lambda x, _: f"{x:,.10g}")
 _UNITS = {
     "signal": f"signal ({_GRADIENT})",
     "noise": f"noise ({_GRADIENT})",
     "gradient_norm": f"norm of the gradient ({_GRADIENT})",
     "pseudo_snr": "SNR, as a multiple of its floor",
     "significant": "share of parameters that differ from noise",
-    "snr": "SNR of one gradient, corrected (a ratio of powers)",
+    "snr": "SNR of one gradient, as estimated (a ratio of powers)",
+    "persistence": "persistence (share of the signal)",
+    "gradient_signal": f"norm of the true gradient, as estimated ({_GRADIENT})",
+    "gradient_noise": f"noise of one gradient, as estimated ({_GRADIENT})",
     "effective_step": "effective step (RMS of the update / RMS of the parameters)",
     "update_rms": "RMS of the update (units of weight)",
     "param_rms": "RMS of the parameters (units of weight)",
@@ -56,8 +55,8 @@ _UNITS = {
 def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
     """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
 
-    Both without what passes an average of pure noise: from `persistent`, which estimates |G|^2, and `gradient_norm`,
-    averages that reach back some 50 observed steps: they come late where gradients shrink fast, as at the very start.
+    The estimates `gradient_signal` and `gradient_noise`, averages that reach back some 80 looks: they come late where
+    gradients shrink fast, as at the very start.
 
     Args:
       history: a `History` or reports.
@@ -65,22 +64,22 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
       axes: where to draw; None for a new figure.
 
     Returns:
-      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, which is two
-      standard errors, a signal cannot be told from none.
+      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, which is half
+      of the 95 % interval, a signal cannot be told from none.
     """
     history, axes = _history(history), _axes(axes)
-    power, persistent = _of(history, "gradient_norm", layer) ** 2, _of(history, "persistent", layer)
-    noise = np.sqrt(np.maximum(power - persistent, 0))
-    least = noise * np.sqrt(2 * _of(history, "snr_error", layer))
+    signal, noise = (_of(history, f"gradient_{each}", layer) for each in ("signal", "noise"))
+    least = noise * np.sqrt(1.96 * _of(history, "snr_error", layer))
     _line(axes, history, noise, "--", ORANGE, "noise: how mini-batches differ")
-    _line(axes, history, np.sqrt(np.maximum(persistent, 0)), "-", BLUE, "signal: what they agree on")
-    _line(axes, history, least, ":", GRAY, "floor: less signal cannot be seen")
+    _line(axes, history, signal, "-", BLUE, "signal: the true gradient")
+    _line(axes, history, least, ":", GRAY, "limit: less signal cannot be seen")
     axes.set_ylim(bottom=0)
-    return _finish(axes, "Signal and noise" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
+    return _finish(axes, "Signal and noise of the gradient" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
 
 
 def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
-    """The SNR that the optimizer sees, over time, and the floor: what pure noise would show. Evidence is what is above.
+    """The SNR that the optimizer sees, over time, and the floor: what pure noise would show. Evidence is what is above;
+    below the floor successive gradients turn round, as they do where steps overshoot.
 
     Args, Returns: as for `signal_and_noise`.
 
@@ -167,7 +166,7 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     """The noise scale over time with its 95 % interval, and the batch size that was used.
 
     Batches far below the noise scale are mostly noise, far above it mostly waste. Where the signal is too weak to be
-    measured only a lower limit is known: drawn as triangles.
+    measured only the lower end of the interval is known: drawn as triangles.
 
     Args:
       history: a `History` or reports.
@@ -175,10 +174,10 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
       axes: where to draw; None for a new figure.
     """
     history, axes = _history(history), _axes(axes)
-    scale, error, limit = (history.total[f"noise_scale{end}"] for end in ("", "_error", "_limit"))
-    known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(limit) & (limit > 0)
-    value = np.where(known, scale, np.nan)
-    low, high = np.maximum(value - 1.96 * error, value / 10), value + 1.96 * error
+    scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
+    known, beyond = np.isfinite(scale) & (scale > 0), np.isinf(scale) & np.isfinite(low) & (low > 0)
+    value, limit = np.where(known, scale, np.nan), low
+    low, high = np.maximum(low, value / 10), np.minimum(high, value * 10)
     axes.fill_between(history.steps, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     # dots, for a number between two limits would be a line of length 0
     axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
@@ -236,7 +235,7 @@ def _over_floor(history: History) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    return Figure(figsize=(width, height), dpi=100, layout=mpl.ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
 
 
 def _height(layers: Sequence[Any]) -> float:
@@ -285,7 +284,7 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     if len(names) <= _NAMED_LAYERS:
         axes.set_yticks(range(len(names)), names, fontsize=8)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(mpl.MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(_THOUSANDS)
         axes.set_ylabel(f"number of the layer, of {len(names):,}")
 

@@ -4,20 +4,9 @@ The state of a run is a few vectors on the device; here, on the host, they becom
 are the paths of the parameters, read off the tree of the first moment. Numbers for several layers are ratios of sums,
 never means of ratios: a small layer with a wild ratio does not count more than it weighs.
 
-    signal          |m^|, the norm of the average gradient; the noise that passes it is still in it
-    noise           the root of the sum of v^ (without a second moment, of |g|^2)
-    pseudo_snr      signal / noise, Adam's step in units of the learning rate
-    floor           what pure noise would show as pseudo_snr
-    snr             |G|^2 / tr(Sigma), a ratio of powers: the true gradient against the noise of one gradient
-    snr_error       its standard error (`telemetry` derives it)
-    significant     the share of elements that differ from noise at the 5 % level: 0.05 is no signal
-    update_rms, param_rms, effective_step    root mean squares per element, and their ratio
-    gradient_norm   root of the average of |g|^2
-    persistent      the average of <m^_{t-1}, g_t>, which estimates |G|^2: below 0, no descent is left
-    noise_scale     B_simple = tr(Sigma) / |G|^2, in examples, or in batches if no batch size was given; with its
-                    standard error and limit (`noise_scale.NoiseScale`): inf is "more than the limit"
-
-`signal` to `floor`, `significant` and the root mean squares are those of the last examination, the others averages.
+What each number is stands in `columns`; `print(report.explain())` says it in a sentence each. Some are those of the
+last step that was looked at (`signal` to `floor`), or of the last one at which they were made (`significant` and the
+root mean squares), the others averages.
 """
 
 import dataclasses
@@ -25,78 +14,22 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from snr_adam import _moments as moments
 from snr_adam import _tree
+from snr_adam._checks import check_pattern
+from snr_adam._given import check_known, readable
 from snr_adam.telemetry import text
-from snr_adam.telemetry._averages import Last, Means, errors, newest_weight
-from snr_adam.telemetry.noise_scale import from_scalars
-from snr_adam.telemetry.observe import ObserveState
+from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
+from snr_adam.telemetry._lags import Lags, estimate, student
+from snr_adam.telemetry._state import ObserveState
+from snr_adam.telemetry.columns import COLUMNS, OF_LAGS, Sums, columns
 
 _TINY = np.finfo(float).tiny
-
-
-@dataclass(frozen=True)
-class _Raw:
-    """Sums per row, from which every number is made; float64 (L,) each."""
-
-    size: np.ndarray
-    signal_sq: np.ndarray
-    noise_sq: np.ndarray
-    floor_sq: np.ndarray
-    significant: np.ndarray
-    counted: np.ndarray
-    update_sq: np.ndarray
-    param_sq: np.ndarray
-    gradient_sq: np.ndarray
-    persistent: np.ndarray
-    persistent_var: np.ndarray
-    snr_var: np.ndarray
-
-    def pick(self, rows) -> "_Raw":
-        return _Raw(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-    def add(self) -> "_Raw":
-        """One row for all. The errors of different rows count as independent, the floor is weighted by the noise."""
-        total = {field.name: np.nansum(getattr(self, field.name), keepdims=True) for field in dataclasses.fields(self)}
-        power = np.where(np.isfinite(self.persistent), self.gradient_sq - self.persistent, 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for key in ("persistent", "persistent_var"):  # unknown for one leaf, unknown for all
-                total[key] = np.sum(getattr(self, key), keepdims=True)
-            weight = self.noise_sq / np.nansum(self.noise_sq)
-            total["floor_sq"] = np.nansum(self.floor_sq * weight, keepdims=True)
-            total["snr_var"] = np.sum(self.snr_var * power**2, keepdims=True) / np.sum(power) ** 2
-        return _Raw(**total)
-
-    def columns(self, batch_size) -> dict[str, np.ndarray]:
-        """The table."""
-        a, x = self.gradient_sq, self.persistent
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scale = from_scalars(a, x, np.sqrt(self.persistent_var), batch_size=batch_size or 1.0)
-            signal, noise = np.sqrt(self.signal_sq), np.sqrt(self.noise_sq)
-            update, param = np.sqrt(self.update_sq / self.size), np.sqrt(self.param_sq / self.size)
-            return {
-                "size": self.size,
-                "signal": signal,
-                "noise": noise,
-                "pseudo_snr": signal / noise,
-                "floor": np.sqrt(self.floor_sq),
-                "snr": np.where(x < a, x / (a - x), np.where(np.isfinite(x) & (a > 0), np.inf, np.nan)),
-                "snr_error": np.where(x < a, np.sqrt(self.snr_var), np.nan),
-                "significant": self.significant / self.counted,
-                "effective_step": update / param,
-                "update_rms": update,
-                "param_rms": param,
-                "gradient_norm": np.sqrt(a),
-                "persistent": x,
-                "noise_scale": np.broadcast_to(scale.value, a.shape),
-                "noise_scale_error": np.broadcast_to(scale.error, a.shape),
-                "noise_scale_limit": np.broadcast_to(scale.limit, a.shape),
-            }
 
 
 @dataclass(frozen=True)
@@ -104,7 +37,9 @@ class Report:
     """Numbers per layer and in total, as `str()` an aligned table, with `rich` a coloured one.
 
     step: the number of steps taken. names: one per row. columns: float64 (L,) each; total: the same keys; nan where
-    there is no number. batch_size: what noise scales count in, None for batches.
+    there is no number. batch_size: what noise scales count in, None for batches. examples: as given to `report`.
+    looked, detailed: the steps of the last look, and of the last one that made `significant` and the root mean squares;
+    0 if there was none. window: over about how many steps averages reach back.
     """
 
     step: int
@@ -112,7 +47,11 @@ class Report:
     columns: dict[str, np.ndarray]
     total: dict[str, float]
     batch_size: float | None = None
-    raw: Any = dataclasses.field(default=None, repr=False, compare=False)
+    examples: int | None = None
+    looked: int = 0
+    detailed: int = 0
+    window: int = 0
+    sums: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -129,6 +68,10 @@ class Report:
         return {
             "step": self.step,
             "batch_size": self.batch_size,
+            "examples": self.examples,
+            "looked": self.looked,
+            "detailed": self.detailed,
+            "window": self.window,
             "names": list(self.names),
             **{"columns": columns, "total": total},
         }
@@ -139,13 +82,21 @@ class Report:
         A layer belongs to the first pattern that it matches; those that match none are left out of the rows, and stay
         in the total.
         """
+        if isinstance(patterns, str):
+            raise TypeError(f"group: give a list of patterns, [{patterns!r}], or a dict from names to patterns")
         named = patterns if isinstance(patterns, Mapping) else {pattern: pattern for pattern in patterns}
+        for pattern in named.values():
+            check_pattern("group", pattern)
         first = [next((key for key, pattern in named.items() if re.search(pattern, name)), None) for name in self.names]
         kept = [key for key in named if key in first]
-        parts = [self.raw.pick(np.array([key == name for name in first], bool)).add() for key in kept]
-        empty = self.raw.pick(slice(0, 0))
-        raw = _Raw(*(np.concatenate([getattr(p, f.name) for p in (empty, *parts)]) for f in dataclasses.fields(_Raw)))
-        return dataclasses.replace(self, names=tuple(kept), columns=raw.columns(self.batch_size), raw=raw)
+        parts = [self.sums.pick(np.array([key == name for name in first], bool)).add() for key in kept]
+        sums = Sums.join([self.sums.pick(slice(0, 0)), *parts])
+        made = columns(sums, self.batch_size, self.examples)
+        return dataclasses.replace(self, names=tuple(kept), columns=made, sums=sums)
+
+    def explain(self) -> str:
+        """A sentence for each quantity."""
+        return "\n".join(f"{key:17} {column.says}" for key, column in COLUMNS.items())
 
     def __str__(self) -> str:
         return str(text.numbers(self))
@@ -179,42 +130,71 @@ def _names(state: ObserveState) -> tuple[list[str], np.ndarray]:
     return names, np.array(sizes, float)
 
 
-def _read(state: ObserveState):
-    """Names, sums per entry, and the total's own sums."""
+class _Part(NamedTuple):
+    """What one state of `observe` holds: names and sums of its rows, its total's sums, and when they are of."""
+
+    names: list[str]
+    sums: Sums
+    total: Sums
+    step: int
+    looked: int
+    detailed: int
+    window: int
+
+
+def _read(state: ObserveState) -> _Part:
     names, sizes = _names(state)
-    means, last = Means(*_host(state.means)), Last(*_host(state.last))
-    seen, count, square = (float(_host(x)) for x in (state.seen, state.count, state.square))
+    means, last, lags = Means(*_host(state.means)), Last(*_host(state.last)), Lags(*_host(state.lags))
+    seen, count, looked, detailed, bursts = (
+        int(_host(x)) for x in (state.seen, state.count, state.looked, state.detailed, state.bursts)
+    )
     means = means if seen else Means(*np.full((len(Means._fields), len(names) + 1), np.nan))
+    found = estimate(lags, bursts)
     with np.errstate(divide="ignore", invalid="ignore"):
         by_noise = np.maximum(means.gradient_sq[:-1] - means.persistent[:-1], _TINY)
-        forgets = 1 - newest_weight(max(seen, 1))
         rhos, decays, newest = (
             np.append(x, np.sum(by_noise * x) / max(np.sum(by_noise), _TINY))
             for x in (last.rho, 1 - last.leak, last.newest)
         )
-        var_x, var_snr = errors(means, square, rhos, decays, newest, forgets * decays ** (count / max(seen, 1)))
-    raw = _Raw(
+        error = errors(means, float(_host(state.square)), rhos, decays, newest, seen, count)
+    of_lags = found._replace(half=found.half**2)
+    lasting = (student(bursts) if bursts else np.nan) * error
+    rows = Sums(
         sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
-        last.param_sq, means.gradient_sq[:-1], means.persistent[:-1], var_x[:-1], var_snr[:-1],
+        last.param_sq, *(x[:-1] for x in (means.gradient_sq, means.persistent, lasting**2, *of_lags)),
     )  # fmt: skip
-    own = {"persistent": means.persistent[-1:], "persistent_var": var_x[-1:], "snr_var": var_snr[-1:]}
-    return names, raw, own
+    own = {
+        "persistent": means.persistent,
+        "persistent_half": lasting**2,
+    }  # leaves share examples: the total has its own
+    own |= dict(zip(OF_LAGS, of_lags, strict=True))
+    total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in own.items()})
+    window = round(min(seen, WINDOW) * count / seen) if seen else 0
+    return _Part(names, rows, total, count, looked, detailed, window)
 
 
-def report(opt_state, batch_size: float | None = None) -> Report:
+def report(opt_state, batch_size: float | None = None, examples: int | None = None) -> Report:
     """Reads what `observe` has measured, wherever in an optimizer's state it is.
 
     Args:
       opt_state: the state of an optimizer that is, or contains, `observe(...)`: a chain, partition, `MultiSteps`, an
         `nnx.Optimizer`'s `opt_state`, ... Only small vectors are fetched from the device.
       batch_size: the number of examples in a gradient, to report noise scales in examples; else in batches.
+      examples: the number of examples in the data set, if each epoch goes through all of them in a new order; None if
+        batches are drawn independently, or never come back.
 
     Returns:
       A `Report`; `print(report(opt_state))` shows it.
 
     Raises:
-      ValueError: if the state holds nothing observed.
+      ValueError: if the state holds nothing observed, if it is that of several runs at once (take one of them, or
+        report each), and if it came back from a disk as dicts or lists; if `batch_size` is not above 0, or more than
+        `examples`, or missing where `examples` is given.
+      TypeError: inside of jit.
     """
+    check_known("report", opt_state)
+    _check_batches(batch_size, examples)
+    opt_state = readable("report", opt_state, ObserveState)
     states = _tree.nodes(ObserveState, opt_state)
     if not states:
         raise ValueError(
@@ -222,12 +202,20 @@ def report(opt_state, batch_size: float | None = None) -> Report:
             "tx = snr_adam.observe(tx), and pass the state of that one"
         )
     parts = [_read(state) for state in states]
-    names = tuple(name for part in parts for name in part[0])
-    raw = _Raw(*(np.concatenate([getattr(part[1], f.name) for part in parts]) for f in dataclasses.fields(_Raw)))
-    total = raw.add()
-    if len(parts) == 1:  # leaves share examples, so their errors are not independent: the total has its own
-        total = dataclasses.replace(total, **parts[0][2])
-    columns = total.columns(batch_size)
-    step = max(int(_host(state.count)) for state in states)
-    every = {key: float(column[0]) for key, column in columns.items()}
-    return Report(step, names, raw.columns(batch_size), every, batch_size, raw)
+    names = tuple(name for part in parts for name in part.names)
+    sums = Sums.join([part.sums for part in parts])
+    total = parts[0].total if len(parts) == 1 else Sums.join([part.total for part in parts]).add()
+    newest = max(parts, key=lambda part: part.step)
+    of = batch_size, examples
+    every = {key: float(column[0]) for key, column in columns(total, *of).items()}
+    return Report(newest.step, names, columns(sums, *of), every, *of, *newest[-3:], sums)
+
+
+def _check_batches(batch_size, examples) -> None:
+    if batch_size is not None and not (np.ndim(batch_size) == 0 and np.isfinite(batch_size) and batch_size > 0):
+        raise ValueError(f"batch_size={batch_size!r}: give the number of examples in a gradient, 1 or more")
+    if examples is not None and (batch_size is None or not examples >= batch_size):
+        raise ValueError(
+            f"examples={examples!r} with batch_size={batch_size!r}: an epoch has at least as many examples as a batch, "
+            "and both must be given: report(opt_state, batch_size=64, examples=50_000)"
+        )

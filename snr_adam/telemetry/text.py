@@ -18,15 +18,15 @@ import numpy as np
 
 from snr_adam.telemetry.noise_scale import NoiseScale
 
-_SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "significant", "effective_step", "gradient_norm")
-_SPARE = ("gradient_norm", "effective_step", "signal", "noise", "significant", "pseudo_snr", "floor")
+_SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "persistence", "significant", "effective_step")
+_SPARE = ("effective_step", "significant", "signal", "noise", "persistence", "floor", "pseudo_snr")
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _LENGTHS = " ▏▎▍▌▋▊▉█"
 _BAR = 8  # blocks in the longest bar
 
 
 class Drawing(NamedTuple):
-    """Blocks, and the style of each: green while there is signal, red where it is within 2 errors of none."""
+    """Blocks, and the style of each: green while there is signal, red where none was found."""
 
     blocks: str
     styles: tuple[str, ...]
@@ -105,7 +105,7 @@ class Table:
                 made.append("".join(block for block, _ in run), style)
             yield made
         colored = any(style for drawing in table.drawings for style in drawing.styles)
-        colors = "; green: signal, red: an SNR within 2 errors of none" if colored else ""
+        colors = "; green: signal was found, red: it was not" if colored else ""
         yield console.render_str(table.legend + colors, style="dim", markup=False, highlight=False, emoji=False)
 
 
@@ -113,18 +113,24 @@ def numbers(report) -> Table:
     """The numbers of a report."""
     rows = [*report.rows, {"name": "total", **report.total}]
     cells = [[row["name"], *(_text(key, row) for key in _SHOWN), _scale_text(row)] for row in rows]
+    unit = "batches" if report.batch_size is None else "examples"
     legend = (
-        "signal, noise and gradient_norm in units of the gradient; pseudo_snr is their ratio, floor what noise "
-        "shows;\nsnr a ratio of powers; significant: share of elements, 5% in pure noise; effective_step: rms of the "
-        f"update over that of the parameters; noise scale in {'batches' if report.batch_size is None else 'examples'}"
+        "signal = |m^|, noise = |v^|^(1/2), pseudo_snr their ratio, floor what pure noise shows of it\n"
+        "snr: power of the true gradient over that of the noise, 95 % within 1.96 errors; persistence: the share of\n"
+        "the signal that lasts over m's memory; significant: of elements, 5 % in pure noise; effective_step: rms of\n"
+        f"the update over that of the parameters; noise scale in {unit}, with its 95 % interval"
     )
-    return Table(f"step {report.step:,}", ("layer", *_SHOWN, "noise scale"), cells, legend, spare=_SPARE)
+    window = getattr(report, "window", 0)
+    title = f"step {report.step:,}" + (
+        f"; snr, persistence and noise scale over about {window:,} steps" if window else ""
+    )
+    return Table(title, ("layer", *_SHOWN, "noise scale"), cells, legend, spare=_SPARE)
 
 
 def bars(report) -> Table:
     """The numbers of a report, and a bar for each SNR that is above 0, on the scale of `sparklines`."""
-    snr, error = (np.append(report.columns[key], report.total[key]) for key in ("snr", "snr_error"))
-    shares, styles = _shares(snr, *_range(snr)), _styles(snr, error)
+    snr, least = (np.append(report.columns[key], report.total[key]) for key in ("snr", "snr_low"))
+    shares, styles = _shares(snr, *_range(snr)), _styles(least)
     drawings = tuple(
         Drawing((_bar(share) if x > 0 else "").ljust(_BAR), (style,) * _BAR)
         for x, share, style in zip(snr, shares, styles, strict=True)
@@ -141,13 +147,13 @@ def sparklines(history, key: str, width: int) -> Table:
     """
     if width < 1:
         raise ValueError(f"width={width}: a sparkline needs at least 1 character")
-    tracks = {each: _tracks(history, each) for each in {key, "snr", "snr_error"} & {key, *history.total}}
+    tracks = {each: _tracks(history, each) for each in {key, "snr_low", "snr_error"} & {key, *history.total}}
     known = np.array([_medians(track, width) for track in tracks[key]])
-    seen, errors = (tracks.get(each, np.full_like(tracks[key], np.nan)) for each in ("snr", "snr_error"))
+    least, errors = (tracks.get(each, np.full_like(tracks[key], np.nan)) for each in ("snr_low", "snr_error"))
     low, high = _range(known)
     drawings = tuple(
-        Drawing(_sparkline(values, low, high), _styles(_medians(snr, width), _medians(error, width)))
-        for values, snr, error in zip(known, seen, errors, strict=True)
+        Drawing(_sparkline(values, low, high), _styles(_medians(each, width)))
+        for values, each in zip(known, least, strict=True)
     )
     rows = [
         [name, *(_text(key, {key: track[t], "snr_error": error[t]}) for t in (0, -1))]
@@ -196,11 +202,9 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + _LENGTHS[eighths % 8].strip()
 
 
-def _styles(snr, error) -> tuple[str, ...]:
-    """No style where there is no number."""
-    return tuple(
-        "" if np.isnan(x) else "green" if x > 2 * e or x == np.inf else "red" for x, e in zip(snr, error, strict=True)
-    )
+def _styles(least) -> tuple[str, ...]:
+    """By the lower ends of SNRs; no style where there is no number."""
+    return tuple("" if np.isnan(x) else "green" if x > 0 else "red" for x in least)
 
 
 def _text(key: str, row: dict[str, Any]) -> str:
@@ -217,4 +221,5 @@ def _text(key: str, row: dict[str, Any]) -> str:
 def _scale_text(row: dict[str, Any]) -> str:
     if np.isnan(row["noise_scale"]):
         return "-"
-    return str(NoiseScale(row["noise_scale"], row["noise_scale_error"], row["noise_scale_limit"], ""))
+    value, error, low, high = (row[f"noise_scale{end}"] for end in ("", "_error", "_low", "_high"))
+    return str(NoiseScale(value, error, low, high, "lags"))

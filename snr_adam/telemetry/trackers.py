@@ -16,8 +16,7 @@ import numpy as np
 
 from snr_adam.telemetry.report import report
 
-_GLOBAL = ("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "significant", "effective_step")
-_GLOBAL += ("update_rms", "gradient_norm", "persistent", "noise_scale", "noise_scale_error", "noise_scale_limit")
+_NOT_GLOBAL = ("size", "param_rms")  # of the whole model they say nothing
 _SPREAD = ("snr", "pseudo_snr", "significant")
 
 BINS: Mapping[str, np.ndarray] = MappingProxyType(
@@ -55,25 +54,32 @@ def metric_names(names: list[str]) -> list[str]:
 
 
 def metrics(
-    opt_state, prefix: str = "snr/", *, layers: bool = False, batch_size: float | None = None
+    opt_state,
+    prefix: str = "snr/",
+    *,
+    layers: bool = False,
+    batch_size: float | None = None,
+    examples: int | None = None,
 ) -> dict[str, float]:
     """A flat dict of Python floats for any logger: some twenty numbers for the whole model, whatever its size.
 
     The totals under their names (`snr/signal`, `snr/snr`, ...), and for the corrected SNR, the pseudo-SNR and the share
-    of significant elements the 10th, 50th and 90th percentile over layers (`snr/snr_p50`). Where a noise scale is
-    beyond its limit there is `snr/noise_scale_limit` and no `snr/noise_scale`; numbers that do not exist are left out.
+    of significant elements the 10th, 50th and 90th percentile over layers (`snr/snr_p50`). Where no signal was found
+    there is `snr/noise_scale_low` and no `snr/noise_scale`; numbers that do not exist are left out. What each number
+    says is in `snr_adam.telemetry.columns.COLUMNS`, or `print(report(opt_state).explain())`.
 
     Args:
       opt_state: as in `report`.
       prefix: put before every key.
-      layers: also every number of every layer, as `snr/snr/layers/kernel`.
-      batch_size: as in `report`.
+      layers: also every number of every layer, in a folder of their own: `snr/layer/snr/encoder/kernel`. No key is a
+        folder of another, which MLflow would refuse.
+      batch_size, examples: as in `report`.
 
     Returns:
       Finite floats by names that W&B, MLflow and TensorBoard take.
     """
-    seen = report(opt_state, batch_size)
-    found = {key: seen.total[key] for key in _GLOBAL}
+    seen = report(opt_state, batch_size, examples)
+    found = {key: x for key, x in seen.total.items() if key not in _NOT_GLOBAL}
     for key in _SPREAD:
         known = seen.columns[key][np.isfinite(seen.columns[key])]
         if known.size:
@@ -81,7 +87,7 @@ def metrics(
     if layers:
         names = metric_names([row["name"] for row in seen.rows])
         for name, row in zip(names, seen.rows, strict=True):
-            found |= {f"{key}/{name}": x for key, x in row.items() if key != "name"}
+            found |= {f"layer/{key}/{name}": x for key, x in row.items() if key != "name"}
     return {prefix + key: float(x) for key, x in found.items() if np.isfinite(x)}
 
 
@@ -114,7 +120,7 @@ def histograms(
     >>> from snr_adam.telemetry.observe import observe
     >>> tx, w = observe(optax.adam(0.1)), {"a": jnp.ones(4), "b": jnp.ones(4)}
     >>> state = tx.init(w)
-    >>> for step in range(4):
+    >>> for step in range(6):
     ...     _, state = jax.jit(tx.update)({"a": jnp.ones(4), "b": jnp.ones(4) * (-1) ** step}, state, w)
     >>> counts, edges = histograms(state, bins={"snr": np.array([0.0, 1.0, 10.0, 100.0])})["snr/layers/snr"]
     >>> counts  # one layer has nothing but signal, the other none
