@@ -69,6 +69,7 @@ RANGES = {
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
+MASKS = ("mask", "normalized", "ball")  # arguments that say yes or no to each parameter
 _NONE = {"momentum", "clip", "clip_norm", "peak"}  # None is a value of these
 
 
@@ -119,8 +120,8 @@ def check_arguments(owner: str, arguments: dict) -> None:
     for name, value in arguments.items():
         if name in ("learning_rate", "weight_decay"):
             _check_tree(f"{owner}: {name}", value, name)
-        elif name == "mask":
-            check_mask(owner, value)
+        elif name in MASKS:
+            check_mask(owner, value, name)
         elif name in RANGES:
             _check(f"{owner}: {name}", value, RANGES[name], name)
 
@@ -203,7 +204,7 @@ def check_layer_axis(owner: str, rule) -> None:
             )
 
 
-def check_mask(owner: str, mask) -> None:
+def check_mask(owner: str, mask, name: str = "mask") -> None:
     """A mask is None, a function, or a tree of truth values."""
     if mask is None or callable(mask):
         return
@@ -211,7 +212,7 @@ def check_mask(owner: str, mask) -> None:
         if not is_mask(leaf):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{owner}: mask{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
+                f"{owner}: {name}{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
                 "tree of True and False that is a prefix of the parameters, or a function from them to one"
             )
 

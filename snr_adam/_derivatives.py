@@ -41,6 +41,18 @@ def _(given, change):
 
 
 @jax.custom_jvp
+def quotient(x, by):
+    """x / by, whose derivative does not divide by the square of `by`, which may be 0 where `by` is not."""
+    return x / by
+
+
+@quotient.defjvp
+def _(given, change):
+    y = quotient(*given)
+    return y, (change[0] - y * change[1]) / given[1]
+
+
+@jax.custom_jvp
 def arctan2(y, x):
     """arctan2(y, x), not both 0, whose derivative is right also where the squares that it divides by are lost."""
     return jnp.arctan2(y, x)

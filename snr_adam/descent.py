@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
-from snr_adam._derivatives import arctan2, sqrt
+from snr_adam._derivatives import arctan2, quotient, sqrt
 from snr_adam._numerics import Scalar, abs_sq, times
 
 
@@ -244,7 +244,7 @@ class ClippedUpdate(_Rule):
                 "average of the gradients (Unit, Previous and Normalized do not): leave it out, or use RMS"
             )
         v = jnp.maximum(ratio.second(), max(self.eps * self.eps, float(jnp.finfo(ratio.noise.dtype).tiny)))
-        square = jnp.sum(abs_sq(ratio.gradient) / v) / max(ratio.gradient.size, 1)
+        square = jnp.sum(quotient(abs_sq(ratio.gradient), v)) / max(ratio.gradient.size, 1)
         return self.then.update(ratio, p, alpha / jnp.maximum(1.0, sqrt(square)), decay)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
+from snr_adam._derivatives import quotient
 from snr_adam._numerics import (
     Average,
     Hyper,
@@ -183,7 +184,7 @@ class Adapted:
 
     def estimate(self, s, g, k, center):
         square = jnp.asarray(abs_sq(center), s.dtype)
-        return 1.0 + k[2] * s / jnp.maximum(square, float(jnp.finfo(s.dtype).tiny))
+        return 1.0 + quotient(k[2] * s, jnp.maximum(square, float(jnp.finfo(s.dtype).tiny)))
 
 
 class _OfMean(NamedTuple):

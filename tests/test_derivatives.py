@@ -36,6 +36,10 @@ VALUES = {
     "alpha": 2.0,
     "momentum": 0.6,
     "clip_norm": 1.5,
+    "gamma": 0.1,
+    "peak": 0.2,
+    "height": 1.2,
+    "width": 0.7,
 }
 START = (0.8, -1.3, 2.1, 0.4, -0.6)
 
@@ -97,6 +101,62 @@ def test_derivatives_are_those_of_the_recursion(name):
     """With respect to every number that a preset takes, and to the weights at the start."""
     make = cases.PRESETS[name][0]
     assert_right(make, [x for x in known(make) if x != "momentum"])
+
+
+def with_descent(descent, learning_rate, weight_decay=0.3):
+    return snr_adam.descend(learning_rate, EMA(0.8), RMS(0.9, 0.02), weight_decay=weight_decay, descent=descent)
+
+
+TURNS = {name: part for name, part in cases.DESCENTS.items() if name not in ("decoupled", "trust_ratio")}
+SELDOM = [name if name == "hyperball" else pytest.param(name, marks=pytest.mark.slow) for name in TURNS]
+
+
+@pytest.mark.parametrize("name", SELDOM)
+def test_derivatives_are_those_of_the_descent(name):
+    decay = {"weight_decay": 0.0} if name == "hyperball" else {}
+    names = ["learning_rate"] if decay else ["learning_rate", "weight_decay"]
+    assert_right(functools.partial(with_descent, TURNS[name], **decay), names)
+
+
+@pytest.mark.parametrize("name", cases.DESCENTS)
+def test_a_descent_has_a_derivative_at_zero(name):
+    """Of weights, gradients and steps of 0: none is NaN."""
+
+    def end(p, g):
+        tx = with_descent(cases.DESCENTS[name], 0.1, 0.0 if name == "hyperball" else 0.3)
+        state = tx.init(p)
+        for _ in range(2):
+            u, state = tx.update(g, state, p)
+            p = optax.apply_updates(p, u)
+        return jnp.sum(p)
+
+    zeros, ones = jnp.zeros(3), jnp.ones(3)
+    slope = jax.jit(jax.grad(end, (0, 1)))
+    assert all(np.isfinite(x).all() for pair in ((zeros, zeros), (ones, zeros), (zeros, ones)) for x in slope(*pair))
+
+
+SMALL = {
+    "adam_atan2": lambda: snr_adam.adam_atan2(0.1, width=0.5),
+    "mars": lambda: snr_adam.mars(0.1),
+    "msvag": lambda: snr_adam.msvag(0.1),
+    "stable_adamw": lambda: snr_adam.stable_adamw(0.1, eps=1e-30),
+}
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-15, 1e-22])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_gradients_have_a_derivative(name, size):
+    """Whose squares, or the squares of these, are lost."""
+
+    def end(g):
+        tx, p = SMALL[name](), jnp.ones(3)
+        state, total = tx.init(p), 0.0
+        for scale in (1.0, 0.5, -2.0):
+            u, state = tx.update(scale * g, state, p)
+            total = total + jnp.sum(u)
+        return total
+
+    assert np.isfinite(jax.jit(jax.grad(end))(size * jnp.arange(1.0, 4))).all()
 
 
 def zero_at_first(b1):
@@ -190,22 +250,23 @@ def test_rounded_weights_have_the_derivative_of_what_is_rounded():
 
 
 def test_statistics_have_no_derivative():
-    tx, w = observe(adam(0.1)), jnp.ones(3)
+    """Nor have sketches, of a leaf that is kept whole and of one that is not."""
+    tx, w = observe(adam(0.1)), {"few": jnp.ones(3), "many": jnp.ones(300)}
 
     def seen(w):
         _, state = tx.update(w, tx.init(w), w)
-        return jnp.sum(state.means) + jnp.sum(jnp.nan_to_num(state.last)) + jnp.sum(state.memory)
+        return sum(jnp.sum(jnp.nan_to_num(x)) for x in (state.means, state.last, state.memory, state.sketches))
 
-    assert not np.any(jax.grad(seen)(w))
+    assert not any(np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(seen))(w)))
 
 
 @pytest.mark.parametrize("name", cases.PRESETS)
 def test_zeros_have_a_derivative(name):
     """Weights at 0, gradients that are 0 whatever the weights, and a first step of 0: finite slopes, and right ones."""
-    make = cases.PRESETS[name][0]
+    make, options = cases.PRESETS[name][0], {"peak": 0.1} if name == "adamc" else {}
 
     def end(w):
-        tx, p = make(lambda t: jnp.where(t < 1, 0.0, 0.1)), {"dead": w, "zero": 0 * w}
+        tx, p = make(lambda t: jnp.where(t < 1, 0.0, 0.1), **options), {"dead": w, "zero": 0 * w}
         state = tx.init(p)
         for _ in range(3):
             g = {"dead": 0 * p["dead"], "zero": p["zero"] + 1}

@@ -22,7 +22,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
 from snr_adam import accumulate, adam, adamw, guard, observe, scale_by_snr
-from snr_adam.parts import EMA, RMS, Belief, Cast, Gradient, Infinity, Mean, Packed, Shared, Spread, TrustRatio
+from snr_adam.parts import (
+    EMA,
+    RMS,
+    Adapted,
+    Belief,
+    Cast,
+    FromMean,
+    Gradient,
+    Infinity,
+    Mean,
+    Packed,
+    Shared,
+    Spread,
+    TrustRatio,
+)
 from snr_adam.precision import round_stochastically
 from snr_adam.state import manifest, share, suggest_sharing
 from snr_adam.telemetry import plots
@@ -45,7 +59,8 @@ RANGE, DECAY, POSITIVE = "must be a finite number >= 0", "must be in [0, 1)", "m
 F8, WHOLE = "float8_e4m3fn", "a whole number of microbatches from 1 on"
 KIN = (
     ("adam", "nadam", "adamax", "adabelief", "yogi", "radam", "adopt"),
-    ("adamw", "adamaxw", "nadamw", "centered_adam"),
+    ("adamw", "adamaxw", "nadamw", "centered_adam", "laprop", "msvag"),
+    ("adams", "bcos"),
 )
 MADE = {
     **dict.fromkeys(("adam", "adamw"), "EMA/RMS"),
@@ -56,6 +71,10 @@ MADE = {
     "radam": "EMA/Rectified",
     "adopt": "EMA/Previous",
     "centered_adam": "Mean/Spread",
+    "laprop": "EMA/Normalized",
+    "msvag": "Mean/Adapted",
+    "adams": "EMA/FromMean",
+    "bcos": "FromFirst/FromMean",
 }
 
 HYPERPARAMETERS = {
@@ -299,6 +318,18 @@ PARTS = {
         lambda: scale_by_snr(Gradient(), Spread()),
         number("noise=Spread(", "signal=Gradient(", "use Mean(0.95)"),
     ),
+    "a mean that adapts to an EMA": (
+        lambda: scale_by_snr(EMA(), Adapted()),
+        number("noise=Adapted(", "signal=EMA(", "use Mean(0.9)"),
+    ),
+    "a noise of a mean that is not kept": (
+        lambda: scale_by_snr(Gradient(), FromMean()),
+        number("noise=FromMean(", "signal=Gradient(", "use EMA(0.9)"),
+    ),
+    "a noise of a mean of another decay": (
+        lambda: scale_by_snr(EMA(0.95), FromMean(0.9)),
+        number("noise=FromMean(", "signal=EMA(b1=0.95", "use EMA(0.9)"),
+    ),
     "a belief in a corrected mean": (
         lambda: scale_by_snr(Mean(), Belief()),
         number("noise=Belief(", "signal=Mean(", "use EMA, Nesterov or Mixture"),
@@ -314,6 +345,10 @@ PARTS = {
     "a spread around its mean, injected": (
         lambda: step(optax.inject_hyperparams(snr_adam.centered_adam)(0.1))["w"],
         lambda u: np.allclose(abs(u), 0.1),
+    ),
+    "a noise of its mean, injected": (
+        lambda: step(optax.inject_hyperparams(snr_adam.adams)(0.1))["w"],
+        lambda u: np.all(u),
     ),
     "shared as a signal": (lambda: scale_by_snr(Shared(RMS(), 0)), kind("signal=Shared(", "not a signal", INSTEAD)),
 }
@@ -425,6 +460,25 @@ TREES = {
         lambda: snr_adam.from_optax(snr_adam.adamax(0.1).init(W), snr_adam.adamax(0.1, storage="bfloat16").init(W)),
         lambda state: state[0].made == "EMA/Infinity" and state[0].nu["w"].dtype == jnp.bfloat16,
     ),
+    **{
+        f"a state of adamw for {name}": (
+            functools.partial(lambda make: step(make(0.1), state=adamw(0.1).init(W))["w"], getattr(snr_adam, name)),
+            lambda u: np.all(u),
+        )
+        for name in ("stable_adamw", "cautious_adamw", "adamc", "adam_atan2", "adamh")
+    },
+    "a state of adamw for mars": (
+        lambda: step(snr_adam.mars(0.1), state=adamw(0.1).init(W)),
+        number("moments are", "those of EMA/RMS", "not of VarianceReduced/RMS"),
+    ),
+    "a state of optax.adamw for laprop": (
+        lambda: snr_adam.from_optax(optax.adamw(0.1).init(W), snr_adam.laprop(0.1).init(W)),
+        number("moments at 0", "EMA/Normalized", "only Adam's move"),
+    ),
+    "the noise of msvag shared": (
+        lambda: share(snr_adam.msvag(0.1).init(W), W, 0),
+        number("sharing", "Mean/Adapted", "a mean of squares"),
+    ),
     "the noise of adamax shared": (
         lambda: share(snr_adam.adamax(0.1).init(W), W, 0),
         number("sharing", "EMA/Infinity", "a mean of squares"),
@@ -481,6 +535,15 @@ TREES = {
     "a count of a remainder in float32": (
         lambda: step(CARRY, state=CARRY.init(W)._replace(count=jnp.float32(3))),
         kind("count", "float32", "must be one int32"),
+    ),
+    "a ball of numbers": (lambda: snr_adam.adamh(0.1, ball={"w": 1}), kind("adamh: ball at w", "1", "give a tree of")),
+    "a ball of numbers, of a function": (
+        lambda: step(snr_adam.adamh(0.1, ball=lambda params: {"w": 1, "layer": True})),
+        kind("ball at w", "1", "must be True or False"),
+    ),
+    "normalized layers by name": (
+        lambda: snr_adam.adamc(0.1, normalized="w"),
+        kind("adamc: normalized", "'w'", "give a tree of"),
     ),
     "a mask of fractions": (
         lambda: step(adamw(0.1, mask=lambda params: {"w": 0.5, "layer": True})),

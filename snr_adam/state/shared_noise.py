@@ -31,7 +31,7 @@ from snr_adam.shared import Shared, SharedNoise
 from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
 
-_NOT_SHARED = ("Infinity", "Spread")  # of those that keep one array; others are told from its form
+_NOT_SHARED = ("Infinity", "Spread", "Adapted")  # of those that keep one array; others are told from its form
 
 
 class Candidate(NamedTuple):
