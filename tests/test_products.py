@@ -85,6 +85,8 @@ def draw(seed: int) -> Product:
     options = {key: choice(rng, items) for key, items in VALUES.items() if key in known}
     if name == "rmsprop":
         options.pop("nesterov", None)  # it needs a momentum
+    if name == "adabelief" and options["b1"] == 0:
+        options["b1"] = 0.5  # with 0 it divides by what rounding leaves of g - g
     dtypes = [d for d in DTYPES if wide or d != "float64"]
     if "MultiSteps" in wrappers:  # Optax's forgets the imaginary part of all gradients of a window but the last
         dtypes.remove("complex64")
