@@ -3,14 +3,14 @@
     learning_rate, weight_decay, ...    finite, not negative
     b1, b2, b3, b, decay, momentum      in [0, 1), and told from 1 by the dtype in use: float32 takes 1 - 2e-8 for 1
     eps                                 positive, and not 0 once rounded to the dtype in use: then 0 / 0 is NaN
-    clip_norm, ...                      positive
+    clip_norm                           positive, and not so small that squares are lost
 
 Presets and estimators look their arguments up here by name. What is not known yet is left alone: schedules, and traced
 numbers, for which `check_hyperparams` is there. The dtype in use is float32, or float64 where 64-bit types are on.
 """
 
 import dataclasses
-import inspect
+import functools
 import math
 import numbers
 import re
@@ -41,6 +41,11 @@ _DECAY = Range(
     "in [0, 1), and under 1 also once rounded to the dtype in use (float32: at most 1 - 6e-8)",
     lambda x, f: (x >= 0) & (x < 1 - float(f.epsneg) / 2),
 )
+_MEASURED = Range(
+    "a finite number > 0, and at least the third root of the least one (float32: 2.3e-13), or gradients so short have "
+    "squares that are 0",
+    lambda x, f: (x >= float(f.tiny) ** (1 / 3)) & (x < math.inf),
+)
 _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
@@ -59,10 +64,12 @@ _PLAIN = (
 RANGES = {
     **dict.fromkeys(_PLAIN, _NOT_NEGATIVE),
     **dict.fromkeys(("b1", "b2", "b3", "b", "decay", "momentum"), _DECAY),
-    **dict.fromkeys(("eps", "clip_norm", "peak", "height", "width"), _POSITIVE),
+    **dict.fromkeys(("eps", "peak", "height", "width"), _POSITIVE),
+    "clip_norm": _MEASURED,
     "threshold": _LENGTH,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
+MASKS = ("mask", "normalized", "ball")  # arguments that say yes or no to each parameter
 _NONE = {"momentum", "clip", "clip_norm", "peak"}  # None is a value of these
 
 
@@ -73,14 +80,48 @@ def check_fields(self) -> None:
             _check(f"{type(self).__name__}: {field.name}", getattr(self, field.name), _OF_PARTS[field.name], field.name)
 
 
+def check_value(name: str, schedule, value, dtype) -> None:
+    """What a schedule has returned is a number in the range of what it is for, if its value is known."""
+    what = f"{name}: the value of schedule {getattr(schedule, '__name__', schedule)}"
+    check_scalar(what, value, "one real number")
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    allowed = _OF_PARTS[name]
+    if not allowed.holds(np.asarray(value, float), jnp.finfo(dtype or jnp.result_type(float))):
+        raise ValueError(f"{what} is {value}: must be {allowed.words}")
+
+
+def in_range(name: str, hyper, dtype=None):
+    """A hyper-parameter of that name; of a schedule one whose values are checked for their range."""
+    if callable(hyper):
+        return functools.wraps(hyper)(lambda count: _checked(name, hyper, hyper(count), dtype))
+    known = name == "eps" and isinstance(hyper, (int, float, np.generic))
+    if known and dtype == np.float32 and not _NOT_LOST.holds(float(hyper), jnp.finfo(dtype)):
+        raise ValueError(
+            f"eps={hyper} is 0 in {jnp.dtype(dtype).name}, in which the step is computed: give a larger one"
+        )
+    return hyper
+
+
+def _checked(name: str, schedule, value, dtype):
+    check_value(name, schedule, value, dtype)
+    return value
+
+
+def is_mask(on) -> bool:
+    """Whether `on` says yes or no: a bool, an array of them, or the None of a frozen parameter."""
+    dtype = getattr(on, "dtype", None)
+    return on is None or isinstance(on, bool) or (dtype is not None and jnp.issubdtype(dtype, jnp.bool_))
+
+
 def check_arguments(owner: str, arguments: dict) -> None:
     """The arguments of a preset are in their ranges, and in their places."""
     _check_order(owner, arguments)
     for name, value in arguments.items():
         if name in ("learning_rate", "weight_decay"):
             _check_tree(f"{owner}: {name}", value, name)
-        elif name == "mask":
-            check_mask(owner, value)
+        elif name in MASKS:
+            check_mask(owner, value, name)
         elif name in RANGES:
             _check(f"{owner}: {name}", value, RANGES[name], name)
 
@@ -163,50 +204,17 @@ def check_layer_axis(owner: str, rule) -> None:
             )
 
 
-def check_mask(owner: str, mask) -> None:
+def check_mask(owner: str, mask, name: str = "mask") -> None:
     """A mask is None, a function, or a tree of truth values."""
     if mask is None or callable(mask):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask, is_leaf=lambda x: x is None):
-        if not (leaf is None or isinstance(leaf, bool) or getattr(leaf, "dtype", None) == np.bool_):
+        if not is_mask(leaf):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{owner}: mask{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
+                f"{owner}: {name}{' at ' + where if where else ''} is {leaf!r:.60}, a {type(leaf).__name__}: give a "
                 "tree of True and False that is a prefix of the parameters, or a function from them to one"
             )
-
-
-def check_part(owner: str, name: str, part, kind, example: str) -> None:
-    """Raises TypeError unless `part` has what a part of this kind (a Protocol) has."""
-    fault = fault_of(part, kind)
-    if fault:
-        order = ", and the signal before the noise" if name in ("signal", "noise") and hasattr(part, "update") else ""
-        instead = "" if isinstance(part, type) else f": give a part such as {example}, from snr_adam.parts{order}"
-        raise TypeError(f"{owner}: {name}={part!r} {fault}{instead}")
-
-
-def fault_of(part, kind) -> str | None:
-    """What `part` lacks of a part of this kind (a Protocol): a method, a field, or an argument of a method.
-
-    Signals and noises have methods of the same names; what tells them apart is how many arguments `update` takes.
-    """
-    a, members = f"a {kind.__name__.lower()}", {name: x for name, x in vars(kind).items() if not name.startswith("_")}
-    methods = {name: x for name, x in members.items() if inspect.isfunction(x)}
-    fields = [name for name, x in members.items() if isinstance(x, property)]
-    if isinstance(part, type):
-        return f"is a class: write {part.__name__}()"
-    lacks = [name for name in (*methods, *fields) if not hasattr(part, name)]
-    if len(lacks) == len(methods) + len(fields) or isinstance(part, (str, bytes, int, float)):
-        return f"is of type {type(part).__name__}, not {a}"
-    if lacks:
-        return f"lacks {' and '.join(map(repr, lacks))}, which {a} has"
-    for name, method in methods.items():
-        takes = list(inspect.signature(method).parameters)[1:]
-        try:
-            inspect.signature(getattr(part, name)).bind(*takes)
-        except (TypeError, ValueError):
-            return f"is not {a}, whose {name!r} takes ({', '.join(takes)})"
-    return None
 
 
 def _check_tree(what: str, tree, name: str) -> None:
@@ -223,7 +231,8 @@ def _check(what: str, value, allowed: Range, name: str) -> None:
     check_scalar(what, value, allowed.words)
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
         return
-    if not allowed.holds(np.asarray(value), jnp.finfo(jnp.result_type(float))):
+    # in float64: float16 would round the ends of the range to its own numbers, the least eps to 0
+    if not allowed.holds(np.asarray(value, float), jnp.finfo(jnp.result_type(float))):
         raise ValueError(f"{what}={value}: must be {allowed.words}")
 
 

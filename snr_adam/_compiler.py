@@ -85,7 +85,7 @@ def beside(x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
     alone gets a kernel of its own, with the sums of other leaves of its shape, and so does a moment that the update
     does not need: what both read is read twice.
     """
-    return after(x, not_yet(t) & jax.lax.bitcast_convert_type(y.astype(jnp.float32), jnp.uint32))
+    return after(x, not_yet(t) & jax.lax.bitcast_convert_type(y.real.astype(jnp.float32), jnp.uint32))
 
 
 def with_moments(u: jax.Array, moments, t: jax.Array) -> jax.Array:

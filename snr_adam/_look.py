@@ -113,7 +113,7 @@ class Seen(NamedTuple):
 @jax.tree_util.register_pytree_node_class
 @dataclass(eq=False)
 class Look:
-    """What the steps inside have noted, by the path of the leaf; empty if it was copied on the way, as by `jit`."""
+    """What the steps inside have noted, by the key of the leaf's path; empty if it was copied, as by `jit`."""
 
     seen: dict[str, Seen] = field(default_factory=dict)
 

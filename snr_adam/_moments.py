@@ -160,5 +160,13 @@ def named_shapes(state) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(x.shape)) for name, x in filter(None, chosen)]
 
 
+def leaf_names(state) -> list[str] | None:
+    """The paths of all parameters that the first optimizer in a state was given, frozen and masked ones included."""
+    for owner in _owners(state):
+        leaves = jax.tree_util.tree_leaves_with_path(_first(owner), is_leaf=_is_place)
+        return [_tree.name(path) for path, _ in leaves]
+    return None
+
+
 def _is_place(x) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)

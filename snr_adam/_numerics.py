@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam._checks import check_scalar
+from snr_adam._checks import check_value, in_range
+from snr_adam._derivatives import expm1, log_of, sqrt, within
 
 Scalar = float | jax.Array
 Hyper = Scalar | np.floating | Callable[[Any], Any]
@@ -72,10 +73,15 @@ def value_at(hyper: Hyper, t: jax.Array, dtype=None) -> Any:
     `dtype`)."""
     if callable(hyper):
         schedule, hyper = hyper, hyper(t - 1)
-        check_scalar(f"the value of schedule {getattr(schedule, '__name__', schedule)}", hyper, "one real number")
+        check_value("alpha", schedule, hyper, dtype)
     if isinstance(hyper, (int, float, np.generic, np.ndarray)):
         return float(hyper)
     return jnp.asarray(hyper, dtype)
+
+
+def eps_at(eps: Hyper, t: jax.Array, dtype) -> Any:
+    """The value of an eps."""
+    return value_at(in_range("eps", eps, dtype), t, dtype)
 
 
 class Decay(NamedTuple):
@@ -97,10 +103,10 @@ class Decay(NamedTuple):
 
 def decay_at(b: Hyper, t: jax.Array, dtype) -> Decay:
     """The numbers of a moving average at step t >= 1, accurate for b arbitrarily close to 1."""
-    now = value_at(b, t, dtype)
+    now = value_at(in_range("b", b, dtype), t, dtype)
     gain = 1.0 - now  # exact for arrays in [1/2, 1], so that log1p sees the same b as the gain does
-    log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else jnp.log1p(-gain)
-    return Decay(gain, -1.0 / jnp.expm1(t.astype(dtype) * log_b), log_b)
+    log_b = (math.log(now) if now else -math.inf) if isinstance(now, float) else log_of(now, gain)
+    return Decay(gain, -1.0 / expm1(t.astype(dtype) * log_b), log_b)
 
 
 def may_change(b: Hyper) -> bool:
@@ -116,7 +122,8 @@ def kept_at(b: Hyper, t: jax.Array, dtype, corrected: bool = True, initial: Scal
     if not corrected:
         return k._replace(debias=0.0)
     first = t == 1
-    gain = jnp.where(first, 1.0, jnp.minimum(k.gain * k.debias, 1.0)).astype(dtype)
+    gain = k.gain * k.debias
+    gain = jnp.where(first | (gain > 1.0), 1.0, gain).astype(dtype)  # no minimum: at a tie it has half a derivative
     known = isinstance(initial, (int, float)) and initial == 0
     start = None if known else jnp.where(first, (1.0 - k.gain) * k.debias, 0.0).astype(dtype)
     return Decay(gain, 1.0, k.log, 1.0 / k.debias, start)
@@ -188,8 +195,7 @@ def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
-    limit = jnp.asarray(largest(x.dtype) * scale, x.dtype)
-    return jax.lax.clamp(-limit, x, limit)
+    return within(x, jnp.asarray(largest(x.dtype) * scale, x.dtype))
 
 
 def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
@@ -201,8 +207,8 @@ def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:
     """
     tiny, known = float(jnp.finfo(v.dtype).tiny), isinstance(eps, float)
     if known and eps * float(jnp.finfo(v.dtype).eps) > math.sqrt(tiny):
-        return jnp.sqrt(v) + eps
-    noise = jnp.sqrt(v + tiny)
+        return sqrt(v) + eps
+    noise = sqrt(v + tiny)
     return jnp.maximum(noise, math.sqrt(tiny)) if known and eps == 0 else noise + eps
 
 
@@ -219,6 +225,18 @@ def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
     return jax.lax.complex(x.real / by, x.imag / by) if jnp.iscomplexobj(x) else x / by
 
 
+@jax.custom_jvp
+def scaled_ratio(x, k, by):
+    """k x / by in one division, k a scalar array. Its derivative is that of the quotient also where k is 0."""
+    return divide(x, (1.0 / k) * by)
+
+
+@scaled_ratio.defjvp
+def _(given, change):
+    _, changed = jax.jvp(lambda x, k, by: divide(times(x, k), by), given, change)
+    return scaled_ratio(*given), changed
+
+
 def _langevin(y):
     """coth(y) - 1/y for 0 <= y <= 1/8, by its series: the closed form loses all digits there."""
     z = y * y
@@ -233,4 +251,4 @@ def length(k: Decay, t):
     """
     x = -k.log * t
     young = t + _langevin(-0.5 * k.log) - t * _langevin(0.5 * jnp.minimum(x, 0.25))
-    return jnp.where(x < 0.25, young, 2.0 / k.gain - 1.0 - 2.0 * t / jnp.expm1(x))
+    return jnp.where(x < 0.25, young, 2.0 / k.gain - 1.0 - 2.0 * t / jnp.expm1(jnp.minimum(x, 80.0)))

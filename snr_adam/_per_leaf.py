@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam import _tree
-from snr_adam._checks import check_part
+from snr_adam._checks import in_range, is_mask
+from snr_adam._contracts import check_part
 from snr_adam._numerics import Hyper, value_at
 from snr_adam.descent import Decoupled, Descent, decays
 
@@ -40,18 +41,21 @@ class PerLeaf(NamedTuple):
         if self.alpha is None:
             return [None] * outer.num_leaves, [0.0] * outer.num_leaves, [Decoupled()] * outer.num_leaves
 
-        def resolve(hyper):
-            return jax.tree.map(lambda h: value_at(h, t), hyper, is_leaf=_tree.is_none)
+        def resolve(hyper, name: str):
+            values = jax.tree.map(lambda h: value_at(in_range(name, h), t), hyper, is_leaf=_tree.is_none)
+            return _tree.spread(values, outer, updates, name)
 
         def chosen(given, what: str):
             given = given(updates if params is None else params) if _is_function(given) else given
             return _tree.spread(given, outer, updates, what)
 
-        alphas = _tree.spread(resolve(self.alpha), outer, updates, "learning_rate")
-        lambdas = _tree.spread(resolve(self.weight_decay), outer, updates, "weight_decay")
+        alphas, lambdas = resolve(self.alpha, "learning_rate"), resolve(self.weight_decay, "weight_decay")
         if self.mask is not None:
-            each = zip(chosen(self.mask, "mask"), lambdas, strict=True)
-            lambdas = [_select(on, decay) for on, decay in each]
+            masks = chosen(self.mask, "mask")
+            for (path, _), on in zip(_tree.named_leaves(updates), masks, strict=True):
+                if not is_mask(on):
+                    raise TypeError(f"mask at {path} is {on!r}: must be True or False, whether this parameter decays")
+            lambdas = [_select(on, decay) for on, decay in zip(masks, lambdas, strict=True)]
         descents = chosen(self.descent, "descent")
         if params is None and any(_reads(*row) for row in zip(descents, self._known(outer, updates), strict=True)):
             raise ValueError(

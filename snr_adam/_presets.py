@@ -17,7 +17,7 @@ import optax
 
 from snr_adam import signal as s
 from snr_adam import storage as storages
-from snr_adam._checks import check_arguments
+from snr_adam._checks import MASKS, check_arguments
 from snr_adam._numerics import Hyper
 from snr_adam._recipe import made_by
 from snr_adam.transform import wrong_state
@@ -59,7 +59,7 @@ class _Signature(inspect.Signature):
         return bound
 
 
-_FUNCTIONS = ("mask", "descent", "normalized", "ball")
+_FUNCTIONS = (*MASKS, "descent")
 
 
 def _strong(name: str, x):

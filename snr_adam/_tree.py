@@ -86,6 +86,11 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
     return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
 
+def keys(tree) -> list[str]:
+    """The path of each leaf, None included, as no other leaf has it: a name such as "a/b" may be that of two."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
+
+
 def nodes(kind, state) -> list:
     """The parts of a state that are of this type, wherever they are in it."""
 
@@ -98,6 +103,15 @@ def nodes(kind, state) -> list:
 def as_array(x):
     """Python and NumPy numbers as arrays; arrays, tracers and ShapeDtypeStructs as they are."""
     return x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+
+
+def jax_array(x):
+    """The same for what is computed with: NumPy's arrays too, in the dtype that JAX has for theirs.
+
+    NumPy's are float64 by default, and where 64-bit types are off no operation of JAX keeps that, nor a limit in it.
+    """
+    is_numpy = isinstance(x, (np.ndarray, np.generic)) and x.dtype != jax.dtypes.float0
+    return jnp.asarray(x) if is_numpy else as_array(x)
 
 
 def is_bool(x) -> bool:
@@ -142,7 +156,14 @@ def check_sizes(why: str, shape, first: int = 0) -> None:
 def check_floating(what: str, tree, leaves) -> None:
     """Raises TypeError, naming the leaf, unless all leaves are floating or complex numbers."""
     for i, x in enumerate(leaves):
-        if x is not None and not jnp.issubdtype(_kind(x), jnp.inexact):
+        if x is None:
+            continue
+        if jnp.issubdtype(_kind(x), jnp.floating) and jnp.finfo(_kind(x)).bits < 16:
+            raise TypeError(
+                f"{what} {named_leaves(tree)[i][0]} has {_described(x)}, in which an update is lost to rounding: train "
+                "it in bfloat16 or wider, and convert what the model computes with"
+            )
+        if not jnp.issubdtype(_kind(x), jnp.inexact):
             raise TypeError(
                 f"{what} {named_leaves(tree)[i][0]} has {_described(x)}, which has no moments: leave it out of the "
                 "trained parameters, for instance with optax.masked, eqx.filter or by making it None"
@@ -205,3 +226,15 @@ def new_scalar(leaves, value):
 def new_count(leaves):
     """A step counter at 0, int32."""
     return new_scalar(leaves, jnp.zeros((), jnp.int32))
+
+
+def checked_count(count):
+    """A step counter as it comes in a state; raises TypeError for one that would stop counting, or is none."""
+    dtype = _kind(count)
+    if not (jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits >= 32 and jnp.shape(count) == ()):
+        raise TypeError(
+            f"the state's count has shape {jnp.shape(count)} and dtype {dtype}: must be one int32. A float32 stops at "
+            "2^24; a state restored in another form is restored again with init(params) as its target, and one stacked "
+            "over runs is stepped under jax.vmap"
+        )
+    return jnp.asarray(count)

@@ -20,6 +20,7 @@ is the mean over all pieces, which has the same expectation and a smaller spread
 1812.06162, appendix A.1.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from snr_adam import _tree
-from snr_adam._checks import check_optimizer
+from snr_adam._checks import check_optimizer, check_scalar
 from snr_adam._compiler import never
 from snr_adam._numerics import abs_sq, compute_dtype, divide, moment_like
 from snr_adam._recipe import with_recipe
@@ -66,14 +67,15 @@ def accumulate(
     Args:
       tx: any optimizer; the result replaces it.
       every: n, microbatches per step; or a schedule of n, a function of the number of steps so far, for a batch size
-        that grows.
+        that grows. Of a schedule's number that is not known while the step is traced the fraction is dropped, and less
+        than 1 is 1.
 
     Returns:
       A transformation with the state `AccumulateState`. Its updates have the gradients' dtypes, or wider ones if `tx`
       gives such; they are zero but after every n-th microbatch, when `state.count` is 0.
 
     Raises:
-      ValueError: if `every` is a number below 1.
+      ValueError, TypeError: if `every`, or what it returns, is known and no whole number from 1 on.
 
     >>> tx = accumulate(optax.sgd(0.5), every=2)
     >>> state = tx.init(jnp.zeros(()))
@@ -83,14 +85,14 @@ def accumulate(
     0.0 1
     -1.0 0
     """
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"every={every}: a step needs at least 1 microbatch")
+    if not callable(every):
+        _check_every("every", every)
     tx = check_optimizer("accumulate", tx)
 
     def init(params):
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
-        buffer = [None if p is None else _tree.init_like(moment_like, _tree.as_array(p)) for p in leaves]
+        buffer = [None if p is None else _tree.init_like(moment_like, _tree.jax_array(p)) for p in leaves]
         # scalars are arrays of their own: one buffer cannot be donated twice
         (count, steps), (piece, mean) = ([new(leaves) for _ in range(2)] for new in (_tree.new_count, _zero))
         return AccumulateState(count, steps, outer.unflatten(buffer), piece, mean, tx.init(params))
@@ -98,27 +100,31 @@ def accumulate(
     def update(updates, state, params=None, **extra_args):
         for what, tree in (("gradient", updates), ("parameter", params)):
             _tree.check_arrays(f"accumulate: {what}", tree, _tree.flatten(tree)[0])
-        n = jnp.asarray(every(state.steps) if callable(every) else every, jnp.int32)
-        grads = jax.tree.map(_tree.as_array, updates)
+        n = every
+        if callable(every):
+            n = every(state.steps)
+            _check_every("the value of schedule every", n)
+        n = jnp.maximum(jnp.asarray(n).astype(jnp.int32), 1)
+        grads = jax.tree.map(_tree.jax_array, updates)
         like, _ = jax.eval_shape(tx.update, grads, state.inner, params, **extra_args)
         # what lies in the buffer of a step that was taken is its update, and no part of the next sum
-        total = jax.tree.map(lambda s, g: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), state.buffer, grads)
+        total = _each(lambda g, s: jnp.where(state.count == 0, 0, s) + g.astype(s.dtype), grads, state.buffer)
 
         def run(state):
-            piece, whole = _square(grads), _square(state.buffer)
+            piece, whole = _square(grads), _square(_each(lambda g, s: s, grads, state.buffer, None))
             # the sum is read before the update takes its place, and need not be copied
             pieces = jnp.where(never(whole), 0, n)
-            mean = jax.tree.map(lambda s: divide(s, pieces.astype(compute_dtype(s))), state.buffer)
+            mean = _each(lambda g, s: divide(s, pieces.astype(compute_dtype(s))), grads, state.buffer, None)
             given = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, grads)
             us, inner = tx.update(given, state.inner, params, **extra_args)
-            buffer = jax.tree.map(lambda u, s: u.astype(s.dtype), us, state.buffer)
+            buffer = _each(lambda u, s: u.astype(s.dtype), us, state.buffer)
             squares = piece, whole / (n * n).astype(jnp.float32)
             return AccumulateState(jnp.zeros_like(n), optax.safe_increment(state.steps), buffer, *squares, inner)
 
-        done = state.count + 1 >= n
+        done = _tree.checked_count(state.count) + 1 >= n
         state = state._replace(count=state.count + 1, buffer=total)
         state = jax.lax.cond(done, run, lambda state: state, state)
-        return jax.tree.map(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer), state
+        return _each(lambda u, b: jnp.where(done, b, 0).astype(u.dtype), like, state.buffer, None), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -132,6 +138,27 @@ def apply_accumulated(params, state: AccumulateState):
         params = apply_accumulated(params, state)
     """
     return jax.lax.cond(state.count == 0, optax.apply_updates, lambda params, _: params, params, state.buffer)
+
+
+_KEPT = object()
+
+
+def _each(of, grads, buffer, frozen=_KEPT):
+    """of(g, s) of every leaf; where a gradient is None, `frozen`, or what is in the buffer."""
+
+    def one(g, s):
+        return (s if frozen is _KEPT else frozen) if g is None else of(g, s)
+
+    return jax.tree.map(one, grads, buffer, is_leaf=_tree.is_none)
+
+
+def _check_every(what: str, n) -> None:
+    """Raises unless n is a whole number from 1 on, or is not known yet."""
+    check_scalar(what, n, "a whole number of microbatches from 1 on")
+    if isinstance(n, jax.core.Tracer) or not getattr(n, "is_fully_addressable", True):
+        return
+    if not (1 <= float(n) < math.inf and float(n) == int(n)):
+        raise ValueError(f"{what}={n}: a step needs a whole number of microbatches from 1 on")
 
 
 def _zero(leaves):

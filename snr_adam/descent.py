@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
+from snr_adam._derivatives import arctan2, quotient, sqrt
 from snr_adam._numerics import Scalar, abs_sq, times
 
 
@@ -71,7 +72,7 @@ class Decoupled:
 
 @dataclass(frozen=True)
 class TrustRatio:
-    """The same, each array's step scaled to the norm of its parameter."""
+    """The same, each array's step scaled to the norm of its parameter; inside of `jax.shard_map`, of its shard."""
 
     needs_params: ClassVar[bool] = True
 
@@ -88,7 +89,7 @@ def _trust_ratio(p, u):
 
 
 def _norm(x):
-    return jnp.sqrt(jnp.sum(abs_sq(x)))
+    return sqrt(jnp.sum(abs_sq(x)))
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,8 @@ class ClippedUpdate(_Rule):
                 "average of the gradients (Unit, Previous and Normalized do not): leave it out, or use RMS"
             )
         v = jnp.maximum(ratio.second(), max(self.eps * self.eps, float(jnp.finfo(ratio.noise.dtype).tiny)))
-        square = jnp.sum(abs_sq(ratio.gradient) / v) / max(ratio.gradient.size, 1)
-        return self.then.update(ratio, p, alpha / jnp.maximum(1.0, jnp.sqrt(square)), decay)
+        square = jnp.sum(quotient(abs_sq(ratio.gradient), v)) / max(ratio.gradient.size, 1)
+        return self.then.update(ratio, p, alpha / jnp.maximum(1.0, sqrt(square)), decay)
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class Arctangent(_Rule):
         x, noise = times(ratio.signal, ratio.scale), self.width * ratio.noise
 
         def arctangent(part):
-            return jnp.arctan2(part, jnp.asarray(noise, part.dtype))
+            return arctan2(part, jnp.asarray(noise, part.dtype))
 
         angle = jax.lax.complex(arctangent(x.real), arctangent(x.imag)) if jnp.iscomplexobj(x) else arctangent(x)
         return self.then.update(ratio._replace(signal=angle, scale=self.height, noise=1.0), p, alpha, decay)

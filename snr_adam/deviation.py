@@ -13,25 +13,28 @@ FromMean    sqrt(b2 m_{t-1}^2 + (1-b2) g_t^2)                          AdamS (Zh
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
+from snr_adam._derivatives import quotient
 from snr_adam._numerics import (
     Average,
     Hyper,
     Scalar,
     abs_sq,
     decay_at,
+    eps_at,
     kept_at,
     lerp,
     moment_like,
     root,
     square_like,
     square_onto,
-    value_at,
 )
 from snr_adam._tree import exportable
 from snr_adam.noise import Squares
+from snr_adam.signal import Gradient, Mean, Sign
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Belief(Squares):
     b2: Hyper = 0.999
     eps: Hyper = 1e-16
     eps_root: Hyper = 1e-16
+
+    def misfit(self, signal):
+        if isinstance(signal, (Gradient, Mean)):
+            return "it measures around the moving average that the signal keeps: use EMA, Nesterov or Mixture"
+        return None
 
     def at(self, t, dtype):
         k = super().at(t, dtype)
@@ -83,7 +91,7 @@ class Deviation:
         return MeanAndVariance(moment_like(p), square_like(p, self.initial))
 
     def at(self, t, dtype):
-        return kept_at(self.decay, t, dtype, self.debias, self.initial), value_at(self.eps, t, dtype)
+        return kept_at(self.decay, t, dtype, self.debias, self.initial), eps_at(self.eps, t, dtype)
 
     def update(self, state, g, k, center):
         gain = k[0].gain
@@ -110,6 +118,9 @@ class Spread:
     eps: Hyper = 1e-8
     __post_init__ = check_fields
 
+    def misfit(self, signal):
+        return _around_mean(self.b2, signal)
+
     def init(self, p):
         return square_like(p)
 
@@ -117,17 +128,22 @@ class Spread:
         k = decay_at(self.b2, t, dtype)
         # g - m_{t-1} = (g - m_t) / (1 - a); where a = 1, at t = 1, m_t is g and nothing is known of the spread
         a = jnp.minimum(k.gain * k.debias, 1.0)
-        return 1.0 - a, jnp.where(a < 1.0, a / (1.0 - a), 0.0), value_at(self.eps, t, dtype)
+        return (
+            1.0 - a,
+            jnp.where(a < 1.0, a / jnp.where(a < 1.0, 1.0 - a, 1.0), 0.0),
+            eps_at(self.eps, t, dtype),
+            a,
+        )
 
     def update(self, s, g, k, center):
-        keep, weight, _ = k
+        keep, weight, *_ = k
         return keep * s + weight * abs_sq(g - center)
 
     def estimate(self, s, g, k, center):
         return root(s + abs_sq(center), k[2])
 
     def average(self, k):
-        return Average(1.0 - k[0], 1.0 - k[0], 1.0)
+        return Average(k[3], k[3], 1.0)  # no arithmetic: asked of a step in a branch, of which only constants are known
 
     def second(self, s, center):
         return s + abs_sq(center)
@@ -149,11 +165,14 @@ class Adapted:
         if isinstance(self.b2, (int, float)) and self.b2 == 0:
             raise ValueError("Adapted: b2=0: must be above 0, or there is no variance; 0.9 is usual")
 
+    def misfit(self, signal):
+        return _around_mean(self.b2, signal)
+
     def init(self, p):
         return square_like(p)
 
     def at(self, t, dtype):
-        keep, weight, _ = Spread(self.b2, 1e-8).at(t, dtype)
+        keep, weight, *_ = Spread(self.b2, 1e-8).at(t, dtype)
         k, n = decay_at(self.b2, t, dtype), jnp.maximum(t, 2).astype(dtype)
         # rho / (1 - rho) = (1-b)(1+b^t) / (2 b (1 - b^{t-1}))
         ratio = k.gain * (1.0 + jnp.exp(n * k.log)) / (-2.0 * (1.0 - k.gain) * jnp.expm1((n - 1.0) * k.log))
@@ -165,7 +184,7 @@ class Adapted:
 
     def estimate(self, s, g, k, center):
         square = jnp.asarray(abs_sq(center), s.dtype)
-        return 1.0 + k[2] * s / jnp.maximum(square, float(jnp.finfo(s.dtype).tiny))
+        return 1.0 + quotient(k[2] * s, jnp.maximum(square, float(jnp.finfo(s.dtype).tiny)))
 
 
 class _OfMean(NamedTuple):
@@ -196,13 +215,18 @@ class FromMean:
         if isinstance(self.b1, (int, float)) and self.b1 == 0:
             raise ValueError("FromMean: b1=0: must be above 0, or m keeps nothing to measure with; 0.9 is usual")
 
+    def misfit(self, signal):
+        if isinstance(signal, (Gradient, Mean, Sign)) or not _same(getattr(signal, "b1", self.b1), self.b1):
+            return f"it reads m_(t-1) off the moving average that the signal keeps: use EMA({self.b1})"
+        return None
+
     def init(self, p):
         return ()
 
     def at(self, t, dtype):
         gain = decay_at(self.b1, t, dtype).gain
         newest = gain * gain if self.b2 is None else decay_at(self.b2, t, dtype).gain
-        return _OfMean(-gain / (1.0 - gain), newest, value_at(self.eps, t, dtype))
+        return _OfMean(-gain / (1.0 - gain), newest, eps_at(self.eps, t, dtype))
 
     def update(self, state, g, k, center):
         return state
@@ -210,3 +234,16 @@ class FromMean:
     def estimate(self, state, g, k: _OfMean, center):
         before = lerp(jnp.broadcast_to(jnp.asarray(center, g.dtype), g.shape), g, k.back)
         return root(lerp(abs_sq(before), abs_sq(g), k.gain), k.eps)
+
+
+def _around_mean(b2: Hyper, signal) -> str | None:
+    if isinstance(signal, Mean) and _same(signal.b1, b2):
+        return None
+    return f"it measures around the corrected mean, of the same decay: use Mean({b2})"
+
+
+def _same(a: Hyper, b: Hyper) -> bool:
+    """Whether two decays are one; of two traced ones nobody knows."""
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return True
+    return bool(a == b) if callable(a) or callable(b) else float(a) == float(b)

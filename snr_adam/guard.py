@@ -9,7 +9,8 @@ its verdict enters the step as two scalars: whether to take it, and what to mult
 
 S is the sum for gradients cut off at +-2^56 = 7.2e16 (`_numerics.saturate`), as the step will see them, and summed in
 units of 2^8. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
-sum serves for both. The norm of gradients that are all under 2^-55 = 2.8e-17 is 0.
+sum serves for both. Gradients under 2^-55 = 2.8e-17 have squares that are 0 and count for nothing in the norm, so a
+`clip_norm` under 2.3e-13 is refused, and a norm of 0 is reported as under 2.8e-17.
 
 The verdict reaches the step of an optimizer of this package as an extra argument, through whatever forwards it: chains,
 `inject_hyperparams`, `observe`, wrappers of one's own. The step keeps its old moments, computes the update from what
@@ -27,7 +28,9 @@ import optax
 from snr_adam import _tree
 from snr_adam._checks import check_hyperparams, check_optimizer, check_whole
 from snr_adam._compiler import one_by_one
+from snr_adam._derivatives import sqrt
 from snr_adam._given import check_known, plain, readable
+from snr_adam._moments import leaf_names
 from snr_adam._numerics import Scalar, compute_dtype, largest, widen
 from snr_adam._recipe import with_recipe
 from snr_adam.step import OPEN, Gate
@@ -57,8 +60,15 @@ class _Look(NamedTuple):
     norm: Any
 
 
+def _is_place(x) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
 def _look(leaves: list) -> _Look:
-    gs = [_tree.as_array(g) if _is_real(g) else None for g in leaves]
+    """`leaves` has an entry for each that is None or masked too: they count."""
+    gs = [_tree.jax_array(g) if not _is_place(g) and _is_real(g) else None for g in leaves]
+    numbers = [i for i, g in enumerate(gs) if not _is_place(leaves[i])]
+    gs = [gs[i] for i in numbers]
     dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
     squares = [jnp.zeros((), dtype)]
     for g in gs:
@@ -67,7 +77,9 @@ def _look(leaves: list) -> _Look:
     squares = jnp.stack(squares)
     bad = jnp.isnan(squares)
     first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
-    return _Look(first, jnp.sqrt(jnp.sum(squares)) * _unit(dtype))
+    if numbers != list(range(len(numbers))):
+        first = jnp.asarray([-1, *numbers], jnp.int32)[first + 1]
+    return _Look(first, sqrt(jnp.sum(squares)) * _unit(dtype))
 
 
 def _is_real(g) -> bool:
@@ -100,7 +112,8 @@ def _scale(norm, clip_norm: Scalar | None):
     if clip_norm is None:
         return None
     clip = jnp.asarray(clip_norm, norm.dtype)
-    return jnp.where(norm > clip, clip / norm, 1.0)
+    long = norm > clip
+    return jnp.where(long, clip / jnp.where(long, norm, 1.0), 1.0)
 
 
 def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
@@ -110,7 +123,7 @@ def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
     def scaled(g):
         if g is None or scale is None or not _is_real(g):
             return g
-        x = _tree.as_array(g)
+        x = _tree.jax_array(g)
         x = gate.scaled(widen(x)).astype(x.dtype)
         gate.raw[id(x)] = x, g
         return x
@@ -139,7 +152,8 @@ def guard(
         every step, finite ones too, until its state's `holding` is set to False. None never gives up.
 
     Returns:
-      A transformation with state `GuardState`. `health(state, params)` puts it into words.
+      A transformation with state `GuardState`. `health(state, params)` puts it into words. Inside of `jax.shard_map`
+      norm and verdict are those of the device's shard: take the step outside of it.
 
     Raises:
       TypeError: if `tx` is no optimizer.
@@ -170,7 +184,7 @@ def guard(
     def init(params):
         leaves, _ = _tree.flatten(params)
         _tree.check_arrays("guard: parameter", params, leaves)
-        numbers = [_tree.as_array(p) for p in leaves if p is not None and _is_real(p)]
+        numbers = [_tree.jax_array(p) for p in leaves if p is not None and _is_real(p)]
         new = functools.partial(_tree.new_scalar, leaves)
         return GuardState(
             inner=inner.init(params),
@@ -183,7 +197,7 @@ def guard(
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
         _tree.check_arrays("guard: gradient", updates, _tree.flatten(updates)[0])
-        outer, look = gate, _look(jax.tree.leaves(updates))
+        outer, look = gate, _look(jax.tree.leaves(updates, is_leaf=_is_place))
         ok = (look.bad < 0) & ~state.holding & outer.ok
         given, gate = _passed_on(updates, ok, _scale(look.norm, clip_norm), outer)
         us, new = inner.update(given, state.inner, params, gate=gate, **extra_args)
@@ -221,7 +235,8 @@ class Health(NamedTuple):
 
     def __str__(self) -> str:
         if not self.skipped:
-            return f"no step skipped; gradient norm {self.norm:.3g}"
+            norm = f"{self.norm:.3g}" if self.norm else "0 (no gradient so far, or all under 2.8e-17)"
+            return f"no step skipped; gradient norm {norm}"
         steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
         now = f" ({self.consecutive} in a row until now)" if self.consecutive else ""
         hold = "; HOLDING: no step is taken until the state's `holding` is set to False" if self.holding else ""
@@ -243,12 +258,24 @@ def health(state, params) -> Health:
       TypeError: inside of jit.
     """
     check_known("health", state)
-    found = _tree.nodes(GuardState, readable("health", state, GuardState))
+    state = readable("health", state, GuardState)
+    found = _tree.nodes(GuardState, state)
     if len(found) != 1:
         raise ValueError(
             f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
         )
     skipped, consecutive, holding, last_bad, norm = (np.asarray(x) for x in jax.device_get(found[0][1:]))
-    names = [name for name, leaf in _tree.named_leaves(plain(params)) if leaf is not None]
-    name = names[int(last_bad)] if last_bad >= 0 else None
+    name = _name_of(int(last_bad), found[0], state, plain(params)) if last_bad >= 0 else None
     return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
+
+
+def _name_of(number: int, guarded: GuardState, state, params) -> str:
+    """The name of that leaf among those that the guard was given, which need not be all of the parameters."""
+    names, masks = [name for name, _ in _tree.named_leaves(params)], _tree.nodes(optax.MaskedState, state)
+    below = _tree.nodes(optax.MaskedState, guarded.inner)
+    given = None if below else leaf_names(guarded.inner)
+    if given is not None and len(given) != len(names):
+        names = given
+    elif given is None and len(masks) > len(below):
+        return f"leaf number {number} of those that optax.masked shows to the guard, itself counted"
+    return names[number] if number < len(names) else f"leaf number {number}, which these parameters do not have"

@@ -42,6 +42,7 @@ from snr_adam._numerics import (
     Scalar,
     abs_sq,
     decay_at,
+    eps_at,
     follow,
     kept_at,
     length,
@@ -89,7 +90,7 @@ class _Numbers(NamedTuple):
 
 def numbers_at(b2, eps, eps_root, t, dtype, corrected: bool = True, initial: Scalar = 0.0) -> _Numbers:
     kept = kept_at(b2, t, dtype, corrected, initial)
-    return _Numbers(kept, value_at(eps, t, dtype), value_at(eps_root, t, dtype))
+    return _Numbers(kept, eps_at(eps, t, dtype), value_at(eps_root, t, dtype))
 
 
 def _root(v, k: _Numbers, debias: bool = True):
@@ -187,14 +188,14 @@ class Infinity:
         return square_like(p)
 
     def at(self, t, dtype):
-        return 1.0 - decay_at(self.b2, t, dtype).gain, value_at(self.eps, t, dtype)
+        return 1.0 - decay_at(self.b2, t, dtype).gain, eps_at(self.eps, t, dtype)
 
     def update(self, n, g, k, center):
         b2, eps = k
         return jnp.maximum(b2 * n, abs(g) + eps)
 
     def estimate(self, n, g, k, center):
-        return n
+        return n if not isinstance(k[1], float) or k[1] else jnp.maximum(n, float(jnp.finfo(n.dtype).tiny))
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,7 @@ class _Rectifier(NamedTuple):
 
 @dataclass(frozen=True)
 class Rectified:
-    """RMS divided by r_t, the rectification of its own variance; 1 as long as that variance is infinite (rho_t <
-    threshold)."""
+    """RMS divided by r_t, the rectification of its own variance; 1 while that is infinite (rho_t < threshold)."""
 
     b2: Hyper = 0.999
     eps: Hyper = 1e-8

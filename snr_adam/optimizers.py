@@ -106,7 +106,8 @@ def adam(
       b1: decay of the signal, in [0, 1). It averages over about 1 / (1 - b1) gradients.
       b2: decay of the noise, in [0, 1).
       eps: added to the noise, in units of the gradient.
-      eps_root: added under the root, in units of the squared gradient.
+      eps_root: added under the root, in units of the squared gradient. In Optax it is for derivatives through a step
+        whose gradients are 0; here those are right without it.
       mu_dtype: dtype in which the signal rests; float32 if None. Unlike Optax's, bfloat16 is rounded stochastically
         and the step reads the signal as it rests.
       nesterov: uses `signal.Nesterov`, which makes it NAdam.
@@ -362,6 +363,8 @@ def rmsprop(
 
     Reference: Hinton, Neural Networks for Machine Learning, lecture 6; Graves, arXiv 1308.0850, eq. 38-41.
     """
+    if nesterov and momentum is None:
+        raise ValueError("rmsprop: nesterov=True looks ahead along a momentum, and momentum is None: give one, as 0.9")
     if centered:
         noise = d.Deviation(decay, eps, eps_in_sqrt, bias_correction, initial_scale)
     else:

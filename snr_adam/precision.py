@@ -16,6 +16,7 @@ bits hold r exactly; eight bits hold it in units of 2^8 (2^5), a mean relative e
 """
 
 import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ import optax
 from snr_adam import _tree
 from snr_adam._bits import float_of, random_bits, round_to, seeds_at, word_of
 from snr_adam._checks import check_optimizer
+from snr_adam._derivatives import with_derivative_of, without_derivative
 from snr_adam._recipe import with_recipe
 
 _DROPPED = {"bfloat16": 16, "float16": 13}  # mantissa bits that float32 has and the parameter has not
@@ -41,6 +43,40 @@ class CarryRemainderState(NamedTuple):
     remainder: Any
 
 
+_BRANCHES = ("apply_if_finite", "conditionally_transform", "conditionally_mask")
+
+
+def _optax_around() -> list[tuple[str, dict]]:
+    """The functions of Optax that are running this step, and their variables: the innermost first.
+
+    Nothing else tells a transformation what will be done with its updates, and these two are only right as they are.
+    """
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith("optax."):
+            found.append((frame.f_code.co_qualname.partition(".")[0], frame.f_locals))
+        frame = frame.f_back
+    return found
+
+
+def _check_place(owner: str, updates, params) -> None:
+    """Raises where the updates will be changed afterwards, or must have the gradients' dtype."""
+    if not any(map(_is_narrow, params)):
+        return
+    for name, variables in _optax_around():
+        after = len(variables.get("update_fns", variables.get("transforms", ()))) - len(variables.get("new_state", ()))
+        if name in ("chain", "named_chain") and "new_state" in variables and after > 1:
+            raise ValueError(
+                f"{owner} is followed by {after - 1} more in an optax.{name}: its updates land on 16-bit parameters as "
+                f"they are, and changed ones do not. Put it last, or around all: {owner}(optax.chain(...))"
+            )
+        if name in _BRANCHES and any(map(_is_narrow, updates)):
+            raise TypeError(
+                f"{owner} inside of optax.{name}: dtypes do not match: its updates of 16-bit parameters are float32, "
+                f"and the other branch of {name} has the gradients' dtype. Put {name}, or guard, inside of {owner}"
+            )
+
+
 def _is_narrow(p) -> bool:
     return p is not None and jnp.result_type(p).name in _DROPPED
 
@@ -54,11 +90,13 @@ def _whole(p, remainder):
     if not _is_narrow(p):
         return p
     shift = _shift(p, remainder.dtype)
-    return float_of(((word_of(p) >> shift) + remainder.astype(jnp.uint32)) << shift)
+    whole = float_of(((word_of(p) >> shift) + remainder.astype(jnp.uint32)) << shift)
+    return with_derivative_of(whole, _widen(p))
 
 
 def _split(whole, old, p, code, dither):
     """The update that takes p to the parameter nearest to `whole`, and the remainder there; `old` was the weight."""
+    whole = without_derivative("carry_remainder keeps the bits of a weight apart", whole)
     word, shift = word_of(whole), _shift(p, code)
     if p.dtype == jnp.bfloat16:  # half away from zero: the other half of a tie would need a 65,537th code
         nearest = float_of((word + 0x8000) & jnp.uint32(0xFFFF0000))
@@ -118,20 +156,22 @@ def carry_remainder(tx: optax.GradientTransformation, bits: str = "16") -> optax
 
         leaves, outer = _tree.flatten(params)
         _tree.check_arrays("carry_remainder: parameter", params, leaves)
-        rest = [None if p is None else _tree.init_like(remainder, _tree.as_array(p)) for p in leaves]
+        _tree.check_floating("parameter", params, leaves)
+        rest = [None if p is None else _tree.init_like(remainder, _tree.jax_array(p)) for p in leaves]
         whole = jax.tree.map(lambda p: _tree.init_like(_widen, p) if _is_narrow(p) else p, params)
         return CarryRemainderState(_tree.new_count(leaves), tx.init(whole), outer.unflatten(rest))
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("carry_remainder moves the parameters: call update(grads, state, params), got params=None")
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(_tree.checked_count(state.count))
         gs, outer = _tree.flatten(updates)
         _tree.check_arrays("carry_remainder: parameter", params, _tree.flatten(params)[0])
         ps, rest = (
             _tree.match(outer, x, updates, what)
             for x, what in ((params, "parameters"), (state.remainder, "remainders"))
         )
+        _check_place("carry_remainder", gs, ps)
         olds = [_whole(p, r) for p, r in zip(ps, rest, strict=True)]
         gs = [_widen(g) if g is not None and _is_narrow(p) else g for g, p in zip(gs, ps, strict=True)]
         us, inner = tx.update(outer.unflatten(gs), state.inner, outer.unflatten(olds), **extra_args)
@@ -180,14 +220,15 @@ def round_stochastically() -> optax.GradientTransformationExtraArgs:
         del extra_args
         if params is None:
             raise ValueError("round_stochastically needs the parameters: call update(grads, state, params)")
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(_tree.checked_count(state.count))
         us, outer = _tree.flatten(updates)
         ps, seeds = _tree.match(outer, params, updates, "parameters"), seeds_at(count, len(us))
+        _check_place("round_stochastically", us, ps)
         for i, (u, p) in enumerate(zip(us, ps, strict=True)):
             if u is not None and _is_narrow(p):
                 old = _widen(p)
                 target = round_to(p.dtype, old + _widen(u), random_bits(p.shape, _STREAM, seeds[i]))
-                us[i] = _widen(target) - old
+                us[i] = with_derivative_of(_widen(target) - old, _widen(u))
         return outer.unflatten(us), RoundStochasticallyState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)

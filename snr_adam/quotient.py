@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from snr_adam._checks import check_fields
-from snr_adam._numerics import Hyper, Scalar, decay_at, lerp, root, square_like, square_onto, value_at
+from snr_adam._numerics import Hyper, Scalar, decay_at, eps_at, lerp, root, square_like, square_onto
 from snr_adam.noise import Squares, noise_of
 
 
@@ -45,7 +45,7 @@ class Previous:
         # not 0 at first, which makes 0 / 0 where g is 0; inverted here, because a division by a scalar is compiled as a
         # product with its inverse, but not for leaves of one element
         inverse_clip = None if clip is None else 1.0 / jnp.where(first, 1.0, clip)
-        return _Before(gain, value_at(self.eps, t, dtype), inverse_clip, first)
+        return _Before(gain, eps_at(self.eps, t, dtype), inverse_clip, first)
 
     def update(self, v, g, k: _Before, center):
         return lerp(v, square_onto(v, g), k.gain)

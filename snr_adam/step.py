@@ -16,7 +16,6 @@ the work is done from outside.
 """
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from snr_adam import storage as storages
-from snr_adam._numerics import Scalar, divide, saturate, times
+from snr_adam._numerics import Scalar, divide, saturate, scaled_ratio, times
 from snr_adam.noise import center, squared
 
 
@@ -67,12 +66,13 @@ class Ratio(NamedTuple):
         return divide(times(self.signal, self.scale), self.noise)
 
     def times(self, by: Scalar):
-        """`by` times the ratio. Of 0, a zero: a noise divided by it is infinite."""
+        """`by` times the ratio; of 0 a zero, with the derivative of the product."""
         if isinstance(self.noise, float):
             return times(self.signal, by * self.scale) + self.zero
         k = by * self.scale
-        inverse = 1.0 / k if isinstance(k, jax.Array) or k else math.copysign(math.inf, k)
-        return divide(self.signal, inverse * self.noise)
+        if isinstance(k, jax.Array):
+            return scaled_ratio(self.signal, k, self.noise)
+        return divide(self.signal, (1.0 / k) * self.noise) if k else divide(times(self.signal, k), self.noise)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -16,7 +16,8 @@ What was decoded encodes to the bits it came from, whatever the dither: so a ste
 Narrow formats are rounded *stochastically*: up with the probability that makes the mean right. A step changes v by a
 thousandth of its distance to g^2 (b2 = .999); rounding to the nearest of bfloat16's 8 bits drops every such change and
 v stands still at a wrong value, for ever. Rounded stochastically it arrives, with an error that averages out: the
-stored v then has a relative variance of about half a step of the format, whatever b2.
+stored v then has a relative variance of about half a step of the format, whatever b2. The random bits are a function of
+step, leaf and place in the array; inside of `jax.shard_map`, of the place in the shard: all shards round alike.
 
 Bits are moved with integer operations on whole 32-bit words. Every backend has those, and none may "simplify" them away
 as some do with a conversion to a narrow float and back.
@@ -30,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._bits import float_of, round_to, word_of
-from snr_adam._checks import fault_of
+from snr_adam._contracts import fault_of
+from snr_adam._derivatives import without_derivative
 from snr_adam._tree import exportable
 
 
@@ -91,6 +93,8 @@ class Cast:
                     raise ValueError(
                         f"Cast({name}={dtype!r}): a moment needs a floating dtype, such as 'bfloat16' or 'float32'"
                     )
+                if jnp.finfo(dtype).bits < 16:
+                    raise ValueError(f"Cast({name}={dtype!r}): moments stand still in so few bits: use 'bfloat16'")
                 if name == "nu" and jnp.finfo(dtype).maxexp < 128:
                     raise ValueError(
                         f"Cast(nu={dtype!r}): squares of gradients over {float(jnp.finfo(dtype).max) ** 0.5:.0f} do "
@@ -131,6 +135,8 @@ def _round(dtype, x, bits):
         return x.astype(dtype) if _is_complex(dtype) else x
     if _is_complex(dtype):
         dtype = jnp.finfo(dtype).dtype
+    if jnp.finfo(dtype).bits < 32:
+        x = without_derivative(f"a moment of {x.dtype} that rests in {jnp.dtype(dtype).name} is rounded", x)
     limit = float(jnp.finfo(dtype).max)  # an infinite moment, as float16 makes of 1e5, never comes back
     return round_to(dtype, jnp.clip(x, -limit, limit) if limit < float(jnp.finfo(x.dtype).max) else x, bits)
 
@@ -152,7 +158,7 @@ class Packed:
 
     def encode(self, mu, nu, dither):
         _require_one_of_each(mu, nu)
-        m, v = word_of(mu), word_of(nu)
+        m, v = (word_of(without_derivative("storage='packed' rounds its moments", x)) for x in (mu, nu))
         bits = dither(mu.shape, 0)
         m = (m + (bits >> 16)) & _HIGH
         v = (v + (bits & 0x7FFF)) >> 15

@@ -5,7 +5,7 @@ a step from around it: the gate of a `guard`, the look of an `observe`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ import optax
 from snr_adam import _tree
 from snr_adam import storage as storages
 from snr_adam._bits import random_bits, seeds_at
-from snr_adam._checks import check_arguments, check_part
+from snr_adam._checks import check_arguments
 from snr_adam._compiler import unseen_zero, with_moments
+from snr_adam._contracts import check_fit, check_part
 from snr_adam._look import Look, Seen
 from snr_adam._numerics import complex_like, compute_dtype
 from snr_adam._per_leaf import Descents, PerLeaf, Rate
 from snr_adam._recipe import with_recipe
+from snr_adam._state import ScaleBySnrState, fits, made_by, marked
 from snr_adam.descent import Decoupled
 from snr_adam.noise import RMS, Noise
 from snr_adam.shared import Shared, SharedNoise
@@ -28,27 +30,11 @@ from snr_adam.step import OPEN, Gate, Rule, Stored
 from snr_adam.storage import Name, Storage
 
 
-@_tree.exportable
-class ScaleBySnrState(NamedTuple):
-    """What a step needs of the past. With float32 storage these are the fields of `optax.ScaleByAdamState`, whose
-    instance it is not.
-
-    count: int32 scalar, the number of steps taken; stays at 2^31 - 1 once there.
-    mu: the signal's memory, a tree like the parameters (or a NamedTuple of such trees, or ()).
-    nu: the noise's memory, likewise; or a mark of the form in which both rest: `SharedNoise`, `storage.InWords`,
-      `storage.InOwnForm`.
-    """
-
-    count: Any
-    mu: Any
-    nu: Any
-
-
 class _Memory:
     """What one parameter keeps, and how the tree of a state holds it."""
 
     def __init__(self, rule: Rule, axes_of):
-        self.rule, self.axes_of = rule, axes_of
+        self.rule, self.axes_of, self.made = rule, axes_of, made_by(rule.signal, rule.noise)
         self.inner = jax.tree.structure(jax.eval_shape(lambda: rule.init(jnp.zeros((), jnp.float32))))
         self.kept = functools.cache(self._kept)
         if axes_of and not (storages.is_apart(rule.storage) and self._can_share()):
@@ -77,7 +63,7 @@ class _Memory:
         if self.axes_of:
             axes = [self.axes_of(path, jnp.shape(p)) for path, p in _tree.named_leaves(params)]
         return [
-            None if p is None else _tree.init_like(functools.partial(self.rule.init, shared=over), _tree.as_array(p))
+            None if p is None else _tree.init_like(functools.partial(self.rule.init, shared=over), _tree.jax_array(p))
             for p, over in zip(leaves, axes, strict=True)
         ]
 
@@ -86,6 +72,13 @@ class _Memory:
         shared = isinstance(state.nu, SharedNoise)
         nu = outer.unflatten(state.nu.v) if shared else storages.unmark(state.nu)
         try:
+            if not fits(state.made, self.made):
+                raise ValueError(
+                    f"the moments are those of {state.made} (signal/noise), not of {self.made}; between Adam's own, "
+                    "such as nadam's and radam's, `from_optax(state, tx.init(params))` moves"
+                )
+            if shared and not self._can_share():
+                raise ValueError("the noise is shared, and this one keeps more than a mean of squares")
             if not shared and type(storages.mark(self.rule.storage, nu)) is not type(state.nu):
                 raise ValueError("the moments rest in another form")
             return _tree.split(outer, self.inner, Stored(state.mu, nu), updates)
@@ -96,11 +89,11 @@ class _Memory:
                 f"{type(state.mu).__name__}, its nu {type(state.nu).__name__}: of another optimizer or storage?)"
             ) from None
 
-    def join(self, outer, rows, count, shared: bool) -> ScaleBySnrState:
+    def join(self, outer, rows, count, shared: bool, made: str | None) -> ScaleBySnrState:
         """The inverse of `split`."""
         mu, nu = _tree.join(outer, self.inner, rows)
         nu = SharedNoise(tuple(outer.flatten_up_to(nu))) if shared else storages.mark(self.rule.storage, nu)
-        return ScaleBySnrState(count, mu, nu)
+        return marked(ScaleBySnrState(count, mu, nu), made)
 
 
 def _in(dtype, x):
@@ -125,13 +118,13 @@ def _lift(memory: _Memory, per_leaf: PerLeaf) -> optax.GradientTransformationExt
         leaves, outer = _tree.flatten(params)
         _tree.check_floating("parameter", params, leaves)
         rows = memory.init(params, leaves)
-        return memory.join(outer, rows, _tree.new_count(leaves), bool(memory.axes_of))
+        return memory.join(outer, rows, _tree.new_count(leaves), bool(memory.axes_of), memory.made)
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, look: Look | None = None, **extra_args):
         del extra_args
         if not isinstance(state, ScaleBySnrState):
             raise wrong_state(state)
-        t: Any = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(_tree.checked_count(state.count))
         leaves, outer = _tree.flatten(updates)
         _tree.check_floating("gradient", updates, leaves)
         shared = isinstance(state.nu, SharedNoise)
@@ -141,22 +134,22 @@ def _lift(memory: _Memory, per_leaf: PerLeaf) -> optax.GradientTransformationExt
         alphas, lambdas, descents = per_leaf.at(t, outer, updates, params)
         seeds = functools.cache(lambda: seeds_at(t, len(leaves)))  # only if some storage asks for them
         numbers = functools.cache(lambda dtype: rule.at(t, dtype, unseen_zero(t, dtype)))
-        paths = [path for path, _ in _tree.named_leaves(updates)] if look is not None else [""] * len(leaves)
+        paths = _tree.keys(updates) if look is not None else [""] * len(leaves)
 
         def leaf(number, path, given, stored, p, alpha, decay, descent):
             if given is None:
                 return None, stored
-            g = _tree.as_array(given)
+            g = _tree.jax_array(given)
             dtype = compute_dtype(g, *(x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.inexact)))
             wide = complex_like(dtype) if jnp.iscomplexobj(g) else dtype
             dither = functools.cache(lambda shape, stream: random_bits(shape, stream, seeds()[number]))
             k = numbers(dtype)._replace(zero=numbers(dtype).zero.astype(wide))
             source, is_raw = gate.source(given)
-            source = _tree.as_array(source)
+            source = _tree.jax_array(source)
             x = gate.gradient(source.astype(wide), is_raw)
             new = rule.moments(x, stored, k, dtype, dither, gate)
             ratio = rule.ratio(x, stored, new, k, dtype)
-            p = None if p is None else _tree.as_array(p).astype(wide)
+            p = None if p is None else _tree.jax_array(p).astype(wide)
             alpha, decay = _in(dtype, alpha), _in(dtype, decay)
             if look is not None:
                 look.note(path, Seen(rule, source, is_raw, gate, stored, new, k, dtype, wide, t, alpha, decay, descent))
@@ -168,7 +161,7 @@ def _lift(memory: _Memory, per_leaf: PerLeaf) -> optax.GradientTransformationExt
         each = zip(range(len(leaves)), paths, leaves, rows, ps, alphas, lambdas, descents, strict=True)
         new = [leaf(*row) for row in each]
         count = t if gate is OPEN else gate.choose(t, state.count)
-        after = memory.join(outer, [stored for _, stored in new], count, shared)
+        after = memory.join(outer, [stored for _, stored in new], count, shared, state.made)
         if gate is not OPEN:
             gate.held.append(after)
         return outer.unflatten([u for u, _ in new]), after
@@ -181,6 +174,7 @@ def _build(owner: str, signal, noise, storage, per_leaf=PerLeaf()):
     inside, inside_of = (noise.noise, f"{owner}: Shared") if isinstance(noise, Shared) else (noise, owner)
     check_part(owner, "signal", signal, Signal, "EMA(0.9)")
     check_part(inside_of, "noise", inside, Noise, "RMS(0.999)")
+    check_fit(inside_of, signal, inside)
     per_leaf.check(owner)
     return _lift(_Memory(Rule(signal, inside, storage), axes_of), per_leaf)
 
@@ -247,6 +241,8 @@ def descend(
 
     Returns:
       A transformation with state `ScaleBySnrState`; `update` needs `params` if there is weight decay or a trust ratio.
+      A leaf whose gradient is None rests, while the one count of all leaves goes on: thawed later it steps as after
+      gradients of 0, at first (1 - b1) / sqrt(1 - b2) = 3.2 learning rates; see docs/wrappers.md.
 
     Raises:
       ValueError, TypeError: as `scale_by_snr`, and if `params` is needed and missing.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._checks import check_fields
+from snr_adam._derivatives import sqrt
 from snr_adam._numerics import (
     Average,
     Decay,
@@ -122,7 +123,7 @@ class VarianceReduced:
 
     def sees(self, state, g, k: _Correction):
         c = g + times(g - state.g, k.scale)
-        return divide(c, jnp.maximum(1.0, jnp.sqrt(jnp.sum(abs_sq(c)))))
+        return divide(c, jnp.maximum(1.0, sqrt(jnp.sum(abs_sq(c)))))
 
     def update(self, state, g, k: _Correction):
         return MeanAndGradient(follow(state.m, self.sees(state, g, k), k.m), g)

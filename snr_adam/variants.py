@@ -15,9 +15,11 @@ from snr_adam import deviation as d
 from snr_adam import noise as n
 from snr_adam import quotient as q
 from snr_adam import signal as s
+from snr_adam._checks import is_mask
 from snr_adam._numerics import Hyper
 from snr_adam._per_leaf import Rate
 from snr_adam._presets import Mask, Tx, average, preset, stored, with_parts
+from snr_adam._tree import named_leaves
 from snr_adam.descent import (
     Arctangent,
     CautiousUpdate,
@@ -42,12 +44,15 @@ def _matrices(params):
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
-def _either(which: Mask, yes, no):
-    """A function from the parameters to `yes` where the mask is on, and to `no` elsewhere."""
+def _either(name: str, which: Mask, yes, no):
+    """A function from the parameters to `yes` where the mask of this name is on, and to `no` elsewhere."""
 
     def choose(params):
-        mask = which(params) if callable(which) else which
-        return jax.tree.map(lambda on: yes if on else no, jax.tree.broadcast(mask, params))
+        mask = jax.tree.broadcast(which(params) if callable(which) else which, params)
+        for path, on in named_leaves(mask):
+            if not is_mask(on):
+                raise TypeError(f"{name} at {path} is {on!r}: must be True or False")
+        return jax.tree.map(lambda on: yes if on else no, mask)
 
     return choose
 
@@ -152,7 +157,7 @@ def adamc(
             "adamc: a learning rate that is a schedule needs peak=, its largest value: lambda goes with alpha^2 / peak"
         )
     corrected = Decoupled() if peak is None else CorrectedDecay(peak)
-    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), _either(normalized, corrected, Decoupled())
+    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), _either("normalized", normalized, corrected, Decoupled())
     return _adamw(learning_rate, *parts, weight_decay, mask, stored(storage, mu_dtype))
 
 
@@ -323,12 +328,11 @@ def adamh(
     """
 
     def decaying(params):
-        which = True if mask is None else mask(params) if callable(mask) else mask
-        on = jax.tree.broadcast(which, params)
-        kept = _either(ball, True, False)(params)
+        on = _either("mask", True if mask is None else mask, True, False)(params)
+        kept = _either("ball", ball, True, False)(params)
         return jax.tree.map(lambda decays, keeps: decays and not keeps, on, kept)
 
-    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), _either(ball, Hyperball(), Decoupled())
+    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), _either("ball", ball, Hyperball(), Decoupled())
     return _adamw(learning_rate, *parts, weight_decay, decaying, stored(storage, mu_dtype))
 
 

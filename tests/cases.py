@@ -94,6 +94,18 @@ DESCENTS = {
     "arctangent": Arctangent(),
     "nested": ClippedUpdate(then=CautiousUpdate(CorrectedDecay(0.1, CautiousDecay(TrustRatio())))),
 }
+
+
+def go_together(signal, noise) -> bool:
+    """Whether the noise measures around something that this signal keeps; see `_contracts.check_fit`."""
+    return not (hasattr(noise, "misfit") and noise.misfit(signal))
+
+
+def signal_for(noise: str):
+    """The EMA, or the signal that this noise measures around."""
+    return SIGNALS["mean" if noise in ("spread", "adapted") else "ema"]
+
+
 STORAGES = {
     "float32": Full(),
     "bfloat16": Cast("bfloat16", "bfloat16"),

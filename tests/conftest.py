@@ -26,8 +26,10 @@ jax.config.update("jax_platforms", "cpu")
 
 
 def pytest_addoption(parser):
-    """`--fuzz N`: how many random examples to draw, for `test_fuzz.py`."""
+    """`--fuzz N`: how many random examples to draw, for `test_fuzz.py`; a time for `test_products.py`."""
     parser.addoption("--fuzz", type=int, default=0, help="draw this many new examples instead of a few fixed ones")
+    parser.addoption("--fuzz-seconds", type=float, default=0, help="test_products.py: draw new products for so long")
+    parser.addoption("--fuzz-from", type=int, default=0, help="test_products.py: the number of the first product")
 
 
 TOGETHER = ("test_brute_force", "test_resume", "test_distributed", "test_examples", "test_adam_by_hand", "test_char_lm")

@@ -634,6 +634,27 @@ def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    """The arrays of AdaMax's state lie as Adam's do; the manifest knows better, and says so before they are read."""
+    w = {"w": jnp.ones(3)}
+    state = {"opt": snr_adam.adamax(0.1).init(w)}
+    save_state(tmp_path, 1, state)
+    with pytest.raises(
+        ValueError, match=r"moments of EMA/Infinity .* `like` is of EMA/RMS: restore it with the optimizer"
+    ):
+        restore_state(tmp_path, {"opt": snr_adam.adam(0.1).init(w)})
+    assert restore_state(tmp_path, state)["opt"][0].made == "EMA/Infinity"
+
+
+def test_a_manifest_that_does_not_say_what_made_the_state_is_taken(tmp_path, monkeypatch):
+    """As those before it do not."""
+    w = {"w": jnp.ones(3)}
+    monkeypatch.setattr("snr_adam.state.files.marks", lambda state: [])
+    save_state(tmp_path, 1, snr_adam.adam(0.1).init(w))
+    monkeypatch.undo()
+    assert restore_state(tmp_path, snr_adam.adam(0.1).init(w))[0].made == "EMA/RMS"
+
+
 def test_who_saves_at_the_same_time_is_left_alone(tmp_path):
     """By this process, by another until it is killed, and where there are no locks."""
     other = "import sys; from snr_adam.state._savers import unfinished\nwith unfinished(sys.argv[1]): print(1); input()"

@@ -232,3 +232,36 @@ def test_moments_start_sharded_like_their_parameter(storage):
     moments = jax.tree.leaves((state.mu, state.nu))
     assert moments
     assert all(x.sharding.is_equivalent_to(split, x.ndim) for x in moments)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_thawed_leaf_steps_as_after_zeros(storage):
+    """While its gradient is None a leaf rests, bit for bit; then one count serves all leaves, as after zeros."""
+    tx, w = snr_adam.adam(1.0, storage=storage), {"a": jnp.ones(2), "b": jnp.ones(2)}
+    update, rest, zeros = jax.jit(tx.update), tx.init(w), tx.init(w)
+    for _ in range(100):
+        u, rest = update({"a": jnp.ones(2), "b": None}, rest, w)
+        _, zeros = update({"a": jnp.ones(2), "b": jnp.zeros(2)}, zeros, w)
+        assert u["b"] is None
+    assert not np.any(rest[0].mu["b"])
+    sizes = []
+    for _ in range(20):
+        (one, rest), (other, zeros) = (update(w, state, w) for state in (rest, zeros))
+        np.testing.assert_array_equal(one["b"], other["b"])
+        sizes.append(abs(float(one["b"][0])))
+    if storage == "float32":
+        first = 0.1 / (1 - 0.9**101) / np.sqrt(0.001 / (1 - 0.999**101))
+        assert np.isclose(sizes[0], first, rtol=1e-4)
+        np.testing.assert_allclose(one["a"], -1, rtol=1e-3)
+
+
+def test_a_leaf_thawed_late_steps_as_documented():
+    """3.2 learning rates at first, 6.6 at most, with a count that is far along."""
+    tx, w = snr_adam.adam(1.0), jnp.ones(2)
+    chain = tx.init(w)
+    state = (chain[0]._replace(count=jnp.int32(10**6)), *chain[1:])
+    sizes = []
+    for _ in range(40):
+        u, state = tx.update(w, state, w)
+        sizes.append(-float(u[0]))
+    assert (round(sizes[0], 1), round(max(sizes), 1)) == (3.2, 6.6)

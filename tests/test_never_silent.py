@@ -6,6 +6,7 @@ something new is one line; rows of one subject stand together.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,8 +21,23 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import snr_adam
-from snr_adam import adam, adamw, guard, scale_by_snr
-from snr_adam.parts import EMA, RMS, Belief, Cast, Packed, Shared, TrustRatio
+from snr_adam import accumulate, adam, adamw, guard, observe, scale_by_snr
+from snr_adam.parts import (
+    EMA,
+    RMS,
+    Adapted,
+    Belief,
+    Cast,
+    FromMean,
+    Gradient,
+    Infinity,
+    Mean,
+    Packed,
+    Shared,
+    Spread,
+    TrustRatio,
+)
+from snr_adam.precision import round_stochastically
 from snr_adam.state import manifest, share, suggest_sharing
 from snr_adam.telemetry import plots
 from snr_adam.transform import ScaleBySnrState
@@ -39,6 +55,27 @@ class Refused(NamedTuple):
 number = functools.partial(Refused, ValueError)
 kind = functools.partial(Refused, TypeError)
 RANGE, DECAY, POSITIVE = "must be a finite number >= 0", "must be in [0, 1)", "must be a finite number > 0"
+
+F8, WHOLE = "float8_e4m3fn", "a whole number of microbatches from 1 on"
+KIN = (
+    ("adam", "nadam", "adamax", "adabelief", "yogi", "radam", "adopt"),
+    ("adamw", "adamaxw", "nadamw", "centered_adam", "laprop", "msvag"),
+    ("adams", "bcos"),
+)
+MADE = {
+    **dict.fromkeys(("adam", "adamw"), "EMA/RMS"),
+    **dict.fromkeys(("nadam", "nadamw"), "Nesterov/RMS"),
+    **dict.fromkeys(("adamax", "adamaxw"), "EMA/Infinity"),
+    "adabelief": "EMA/Belief",
+    "yogi": "EMA/Yogi",
+    "radam": "EMA/Rectified",
+    "adopt": "EMA/Previous",
+    "centered_adam": "Mean/Spread",
+    "laprop": "EMA/Normalized",
+    "msvag": "Mean/Adapted",
+    "adams": "EMA/FromMean",
+    "bcos": "FromFirst/FromMean",
+}
 
 HYPERPARAMETERS = {
     "learning rate negative": (lambda: adam(-1.0), number("learning_rate", "-1.0", RANGE)),
@@ -99,6 +136,68 @@ HYPERPARAMETERS = {
     "schedule of None": (lambda: step(adam(lambda count: None)), kind("schedule", "None", "must be one real number")),
     "schedule of a string": (lambda: step(adam(lambda count: "1")), kind("schedule", "'1'", "must be one real number")),
     "schedule of a vector": (lambda: step(adam(lambda t: jnp.ones(2))), number("schedule", "(2,)", "one number")),
+    "schedule of a negative rate": (lambda: step(adam(lambda t: -1.0)), number("learning_rate", "is -1.0", RANGE)),
+    "schedule of NaN": (lambda: step(adam(lambda t: np.nan)), number("learning_rate", "is nan", RANGE)),
+    "schedule of a negative rate, step by step": (
+        lambda: adam(lambda t: -0.1 * (t + 1)).update(G, adam(1.0).init(W), W),
+        number("learning_rate", "is -0.1", RANGE),
+    ),
+    "schedule of a negative rate in a tree": (
+        lambda: step(adam({"w": lambda t: -2.0, "layer": 0.1})),
+        number("learning_rate", "is -2.0", RANGE),
+    ),
+    "schedule of a decay over 1": (lambda: step(adam(0.1, b1=lambda t: 1.5)), number("b", "is 1.5", DECAY)),
+    "schedule of a decay that is 1": (lambda: step(adam(0.1, b2=lambda t: 1.0)), number("b", "is 1.0", DECAY)),
+    "schedule of a negative weight decay": (
+        lambda: step(adamw(0.1, weight_decay=lambda t: -1.0)),
+        number("weight_decay", "is -1.0", RANGE),
+    ),
+    "schedule of a negative eps": (
+        lambda: step(adam(0.1, eps=lambda t: -1.0)),
+        number("eps", "is -1.0", "must be 0, or"),
+    ),
+    "schedule of a negative alpha": (
+        lambda: step(snr_adam.ademamix(0.1, alpha=lambda t: -5.0)),
+        number("alpha", "is -5.0", RANGE),
+    ),
+    "eps zero in float16": (lambda: adam(1e-3, eps=np.float16(1e-8)), number("eps", "0.0", POSITIVE)),
+    "eps zero in float16 of JAX": (lambda: adam(1e-3, eps=jnp.float16(1e-8)), number("eps", "0.0", POSITIVE)),
+    "eps zero where nothing else divides": (
+        lambda: step(scale_by_snr(noise=Infinity(eps=0.0)), jnp.zeros(2), jnp.zeros(2)),
+        lambda u: not np.any(u),
+    ),
+    "eps zero in float32, with float64 on": (
+        lambda: wide(lambda: step(adam(1e-3, eps=1e-50), jnp.ones(2, "float32"), jnp.ones(2, "float32"))),
+        number("eps", "1e-50", "is 0 in float32"),
+    ),
+    "eps zero in float32, adamax": (
+        lambda: wide(lambda: step(snr_adam.adamax(1e-3, eps=1e-50), *[jnp.zeros(2, "float32")] * 2)),
+        number("eps", "1e-50", "give a larger one"),
+    ),
+    "moments in 8 bits": (lambda: adam(1e-3, mu_dtype="float8_e4m3fn"), number("mu", "float8", "use 'bfloat16'")),
+    "rmsprop looks ahead along nothing": (
+        lambda: snr_adam.rmsprop(1e-3, nesterov=True),
+        number("rmsprop", "momentum is None", "give one"),
+    ),
+    "clip_norm whose squares are lost": (lambda: guard(adam(1e-3), 1e-20), number("clip_norm", "1e-20", "at least")),
+    "every of a half": (lambda: accumulate(A, 0.5), number("every", "0.5", WHOLE)),
+    "every of two and a half": (lambda: accumulate(A, 2.5), number("every", "2.5", WHOLE)),
+    "every of zero": (lambda: accumulate(A, 0), number("every", "0", WHOLE)),
+    "every of NumPy's zero": (lambda: accumulate(A, np.int64(0)), number("every", "0", WHOLE)),
+    "every of infinity": (lambda: accumulate(A, np.inf), number("every", "inf", WHOLE)),
+    "every of NaN": (lambda: accumulate(A, np.nan), number("every", "nan", WHOLE)),
+    "every a string": (lambda: accumulate(A, "4"), kind("every", "'4'", WHOLE)),
+    "every True": (lambda: accumulate(A, True), kind("every", "True", WHOLE)),
+    "every None": (lambda: accumulate(A, None), kind("every", "None", WHOLE)),
+    "every a vector": (lambda: accumulate(A, jnp.ones(2)), number("every", "(2,)", WHOLE)),
+    "every a schedule of 0": (lambda: step(accumulate(A, lambda t: 0)), number("every", "0", WHOLE)),
+    "every a schedule of a half": (lambda: step(accumulate(A, lambda t: 0.5)), number("every", "0.5", WHOLE)),
+    "every a schedule of 0, not known": (
+        lambda: step(accumulate(A, lambda t: 0 * t))["w"],
+        lambda u: np.allclose(u, [-0.1, 0.1, -0.1]),
+    ),
+    "every NumPy's 1": (lambda: step(accumulate(A, np.int32(1)))["w"], lambda u: np.allclose(u, [-0.1, 0.1, -0.1])),
+    "every an array": (lambda: step(accumulate(A, jnp.int32(2)))["w"], lambda u: not np.any(u)),
     "learning rate zero": (lambda: step(adam(0.0)), lambda u: not np.any(u["w"])),
     "b1 zero": (lambda: step(adam(0.1, b1=0.0)), lambda u: np.allclose(u["w"], [-0.1, 0.1, -0.1])),
     "b2 zero": (lambda: step(adam(0.1, b2=0)), lambda u: np.allclose(u["w"], [-0.1, 0.1, -0.1])),
@@ -207,6 +306,50 @@ PARTS = {
         lambda: scale_by_snr(noise=Shared(Shared(RMS(), 0), 1)),
         kind("Shared: noise=Shared(", "of type Shared, not a noise", INSTEAD),
     ),
+    "a spread around an EMA": (
+        lambda: scale_by_snr(EMA(), Spread()),
+        number("noise=Spread(", "signal=EMA(", "use Mean(0.95)"),
+    ),
+    "a spread of another decay": (
+        lambda: scale_by_snr(Mean(0.9), Spread(0.95)),
+        number("noise=Spread(b2=0.95", "signal=Mean(b1=0.9)", "use Mean(0.95)"),
+    ),
+    "a spread around no mean": (
+        lambda: scale_by_snr(Gradient(), Spread()),
+        number("noise=Spread(", "signal=Gradient(", "use Mean(0.95)"),
+    ),
+    "a mean that adapts to an EMA": (
+        lambda: scale_by_snr(EMA(), Adapted()),
+        number("noise=Adapted(", "signal=EMA(", "use Mean(0.9)"),
+    ),
+    "a noise of a mean that is not kept": (
+        lambda: scale_by_snr(Gradient(), FromMean()),
+        number("noise=FromMean(", "signal=Gradient(", "use EMA(0.9)"),
+    ),
+    "a noise of a mean of another decay": (
+        lambda: scale_by_snr(EMA(0.95), FromMean(0.9)),
+        number("noise=FromMean(", "signal=EMA(b1=0.95", "use EMA(0.9)"),
+    ),
+    "a belief in a corrected mean": (
+        lambda: scale_by_snr(Mean(), Belief()),
+        number("noise=Belief(", "signal=Mean(", "use EMA, Nesterov or Mixture"),
+    ),
+    "a belief in nothing": (
+        lambda: snr_adam.descend(0.1, Gradient(), Belief()),
+        number("noise=Belief(", "signal=Gradient(", "use EMA"),
+    ),
+    "a spread around its mean": (
+        lambda: step(scale_by_snr(Mean(jnp.float32(0.9)), Spread(jnp.float32(0.9))))["w"],
+        lambda u: np.allclose(abs(u), 1),
+    ),
+    "a spread around its mean, injected": (
+        lambda: step(optax.inject_hyperparams(snr_adam.centered_adam)(0.1))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
+    "a noise of its mean, injected": (
+        lambda: step(optax.inject_hyperparams(snr_adam.adams)(0.1))["w"],
+        lambda u: np.all(u),
+    ),
     "shared as a signal": (lambda: scale_by_snr(Shared(RMS(), 0)), kind("signal=Shared(", "not a signal", INSTEAD)),
 }
 
@@ -250,8 +393,20 @@ def state_of(tx, params=W):
     return tx.init(params)
 
 
+def counted(count):
+    return (A.init(W)[0]._replace(count=count), optax.EmptyState())
+
+
+def after_nadams():
+    """A jitted step that has run with the right state meets another one: it is traced again, and refused."""
+    tx = snr_adam.nadam(0.1)
+    update = jax.jit(tx.update)
+    update(G, tx.init(W), W)
+    return update(G, A.init(W), W)
+
+
 PASS, ORDER = "pass the gradients of the parameters", "update(grads, state, params)"
-A = adam(0.1)
+A, RADAM, CARRY = adam(0.1), snr_adam.radam(0.1), snr_adam.carry_remainder(adam(0.1))
 leaf = functools.partial(with_leaf, G)
 shape = functools.partial(Refused, ValueError, "gradient layer/1")
 no_moments = functools.partial(Refused, TypeError, do="leave it out of the trained parameters")
@@ -267,6 +422,66 @@ TREES = {
     "a state of another width": (
         lambda: step(A, G, W, state_of(A, with_leaf(W, jnp.ones((4, 3))))),
         shape("(2, 3) and dtype float32 but its moments have shape (4, 3)", PASS),
+    ),
+    **{
+        f"a state of {one} for {other}": (
+            functools.partial(step, getattr(snr_adam, other)(0.1), G, W, getattr(snr_adam, one)(0.1).init(W)),
+            number("moments are", f"those of {MADE[one]} (signal/noise)", f"not of {MADE[other]}"),
+        )
+        for kin in KIN
+        for one, other in itertools.permutations(kin, 2)
+    },
+    "a state of adam for nadam, jitted with nadam's before": (after_nadams, number("moments", "EMA/RMS", "from_optax")),
+    "a state whose parts are not known": (
+        lambda: step(A, state=(ScaleBySnrState(*A.init(W)[0]), optax.EmptyState()))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
+    "a state of adamax taken over": (
+        lambda: snr_adam.from_optax(snr_adam.adamax(0.1).init(W), A.init(W)),
+        number("moments at 0", "EMA/Infinity", "only Adam's move"),
+    ),
+    "a state of adamax for Optax": (
+        lambda: snr_adam.to_optax(snr_adam.adamax(0.1).init(W)),
+        number("moments at 0", "EMA/Infinity", "only Adam's move"),
+    ),
+    "a state of optax.adam for adamax": (
+        lambda: snr_adam.from_optax(optax.adam(0.1).init(W), snr_adam.adamax(0.1).init(W)),
+        number("moments at 0", "EMA/Infinity", "only Adam's move"),
+    ),
+    "a state of optax.adam, taken over, for adamax": (
+        lambda: step(snr_adam.adamax(0.1), state=snr_adam.from_optax(optax.adam(0.1).init(W))),
+        number("signal/noise", "those of Adam", "EMA/Infinity"),
+    ),
+    "a state of nadam taken over by radam": (
+        lambda: step(RADAM, state=snr_adam.from_optax(snr_adam.nadam(0.1).init(W), RADAM.init(W)))["w"],
+        lambda u: np.allclose(u, -0.1 * G["w"]),
+    ),
+    "a state of adamax in another storage": (
+        lambda: snr_adam.from_optax(snr_adam.adamax(0.1).init(W), snr_adam.adamax(0.1, storage="bfloat16").init(W)),
+        lambda state: state[0].made == "EMA/Infinity" and state[0].nu["w"].dtype == jnp.bfloat16,
+    ),
+    **{
+        f"a state of adamw for {name}": (
+            functools.partial(lambda make: step(make(0.1), state=adamw(0.1).init(W))["w"], getattr(snr_adam, name)),
+            lambda u: np.all(u),
+        )
+        for name in ("stable_adamw", "cautious_adamw", "adamc", "adam_atan2", "adamh")
+    },
+    "a state of adamw for mars": (
+        lambda: step(snr_adam.mars(0.1), state=adamw(0.1).init(W)),
+        number("moments are", "those of EMA/RMS", "not of VarianceReduced/RMS"),
+    ),
+    "a state of optax.adamw for laprop": (
+        lambda: snr_adam.from_optax(optax.adamw(0.1).init(W), snr_adam.laprop(0.1).init(W)),
+        number("moments at 0", "EMA/Normalized", "only Adam's move"),
+    ),
+    "the noise of msvag shared": (
+        lambda: share(snr_adam.msvag(0.1).init(W), W, 0),
+        number("sharing", "Mean/Adapted", "a mean of squares"),
+    ),
+    "the noise of adamax shared": (
+        lambda: share(snr_adam.adamax(0.1).init(W), W, 0),
+        number("sharing", "EMA/Infinity", "a mean of squares"),
     ),
     "a gradient (1, 3) for (2, 3)": (lambda: step(A, leaf(jnp.ones((1, 3)))), shape("(1, 3)", PASS)),
     "a gradient (3,) for (2, 3)": (lambda: step(A, leaf(jnp.ones(3))), shape("(3,)", PASS)),
@@ -290,6 +505,66 @@ TREES = {
         no_moments("parameter activation", "custom_jvp"),
     ),
     "an array of objects": (lambda: A.init({"x": np.array([None])}), no_moments("parameter x", "object")),
+    "a float8 parameter": (lambda: A.init({"x": jnp.ones(3, F8)}), kind("parameter x", "float8", "train it in bf")),
+    "a float8 gradient": (
+        lambda: A.update({"x": jnp.ones(3, F8)}, state_of(A, {"x": jnp.ones(3)})),
+        kind("gradient x", "float8", "train it in bfloat16"),
+    ),
+    "a float8 parameter and its remainder": (
+        lambda: snr_adam.carry_remainder(optax.sgd(0.1)).init({"x": jnp.ones(3, F8)}),
+        kind("parameter x", "float8", "train it in bfloat16"),
+    ),
+    "a float8 parameter, accumulated": (
+        lambda: accumulate(optax.sgd(0.1), 2).init({"x": jnp.ones(3, F8)}),
+        kind("parameter x", "float8", "train it in bfloat16"),
+    ),
+    "a count in float32": (
+        lambda: step(A, state=counted(jnp.float32(3))),
+        kind("count", "float32", "must be one int32"),
+    ),
+    "a count in int8": (lambda: step(A, state=counted(jnp.int8(3))), kind("count", "int8", "must be one int32")),
+    "a count of two runs": (lambda: step(A, state=counted(jnp.zeros(2, int))), kind("count", "(2,)", "under jax.vmap")),
+    "a count of observe in float32": (
+        lambda: step(observe(A), state=observe(A).init(W)._replace(count=jnp.float32(3))),
+        kind("count", "float32", "must be one int32"),
+    ),
+    "a gradient that observe had a parameter for": (
+        lambda: step(observe(A), {**G, "w": None}, W),
+        number("observe", "None: w", "optax.masked(observe(tx), mask)"),
+    ),
+    "a count of a remainder in float32": (
+        lambda: step(CARRY, state=CARRY.init(W)._replace(count=jnp.float32(3))),
+        kind("count", "float32", "must be one int32"),
+    ),
+    "a ball of numbers": (lambda: snr_adam.adamh(0.1, ball={"w": 1}), kind("adamh: ball at w", "1", "give a tree of")),
+    "a ball of numbers, of a function": (
+        lambda: step(snr_adam.adamh(0.1, ball=lambda params: {"w": 1, "layer": True})),
+        kind("ball at w", "1", "must be True or False"),
+    ),
+    "normalized layers by name": (
+        lambda: snr_adam.adamc(0.1, normalized="w"),
+        kind("adamc: normalized", "'w'", "give a tree of"),
+    ),
+    "a mask of fractions": (
+        lambda: step(adamw(0.1, mask=lambda params: {"w": 0.5, "layer": True})),
+        kind("mask at w", "0.5", "must be True or False"),
+    ),
+    "a mask of numbers": (
+        lambda: step(adamw(0.1, mask=lambda params: {"w": 1, "layer": 0})),
+        kind("mask at layer/0", "0", "True or"),
+    ),
+    "a mask that is a name": (
+        lambda: step(adamw(0.1, mask=lambda params: "w")),
+        kind("mask at", "'w'", "must be True or False"),
+    ),
+    "a mask of float arrays": (
+        lambda: step(adamw(0.1, mask=lambda params: {"w": np.ones(()), "layer": True})),
+        kind("mask at w", "1", "must be True or False"),
+    ),
+    "a mask of arrays": (
+        lambda: step(adamw(0.1, weight_decay=9.0, mask={"w": jnp.array(False), "layer": np.True_}))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
     "a gradient for a frozen parameter": (
         lambda: step(A, {"w": G["w"], "f": G["w"]}, {"w": W["w"], "f": None}),
         number("gradient f", "None", PASS),
@@ -426,6 +701,35 @@ VALUES = {
         lambda: recovers(scale_by_snr(EMA(0.5), RMS(0.7), Cast(mu="float16")), 1e5),
         lambda r: r[1] and abs(r[0] - 1) < 0.02,
     ),
+    "NumPy's float64, clipped": (
+        lambda: plain(guard(optax.sgd(1.0), clip_norm=0.1), np.ones(3)),
+        lambda r: np.allclose(r[0], -0.1 / 3**0.5) and r[1].norm.dtype == np.float32 and np.isclose(r[1].norm, 3**0.5),
+    ),
+    "NumPy's float64 of 1e20": (
+        lambda: plain(A, np.full(3, 1e20)),
+        lambda r: np.allclose(r[0], -0.1) and np.all(np.isfinite(r[1][0].nu)),
+    ),
+    "NumPy's float64, packed": (
+        lambda: plain(adam(0.1, storage="packed"), np.ones(3))[0],
+        lambda u: np.allclose(u, -0.1, rtol=0.01),
+    ),
+    "NumPy's complex128": (
+        lambda: plain(A, np.full(3, 1e20 + 1e20j), np.ones(3, complex)),
+        lambda r: np.allclose(r[0], -0.1 * (1 + 1j) / 2**0.5) and r[0].dtype == np.complex64,
+    ),
+    "NumPy's float64, accumulated": (
+        lambda: plain(accumulate(A, 1), np.full(3, 1e20))[0],
+        lambda u: np.allclose(u, -0.1),
+    ),
+    "NumPy's float64, observed": (
+        lambda: plain(observe(optax.adam(0.1)), np.ones(3)),
+        lambda r: np.allclose(r[0], -0.1) and all(x.dtype != np.float64 for x in jax.tree.leaves(r[1])),
+    ),
+    "NumPy's float64, carried": (
+        lambda: plain(CARRY, np.ones(3), np.ones(3, jnp.bfloat16)),
+        lambda r: np.allclose(r[0], -0.1015625) and r[0].dtype == np.float32,
+    ),
+    "NumPy's scalar": (lambda: plain(A, np.float64(1e20), np.float64(1.0))[0], lambda u: np.allclose(u, -0.1)),
     "guarded NaN": (lambda: guarded(np.nan), lambda r: r == (0.0, 1)),
     "guarded infinity": (lambda: guarded(np.inf), lambda r: r == (0.0, 1)),
     "guarded 1e20": (lambda: guarded(1e20), lambda r: np.isclose(r[0], 1.0) and r[1] == 0),
@@ -436,6 +740,12 @@ VALUES = {
 def wide(run):
     with jax.enable_x64(True):
         return run()
+
+
+def plain(tx, g, p=None):
+    """Update and state of a first step that is not jitted, of NumPy's arrays as they are."""
+    p = np.ones(3) if p is None else p
+    return tx.update(g, tx.init(p), p)
 
 
 def guarded(g, **options):
@@ -557,6 +867,18 @@ def frozen(tx):
     return updates["w"], G["w"]
 
 
+def narrow(tx):
+    """The update of a bfloat16 parameter."""
+    return step(tx, jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
+
+
+BRANCHES = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step, **extra: step < 3),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step, **extra: step < 3),
+}
+
+
 COMPOSITION = {
     "a foreign clip before": (lambda: learns(optax.chain(optax.clip(1.0), A)), lambda d: d < 0.5),
     "guard outside a chain": (lambda: learns(guard(optax.chain(optax.clip(1.0), A))), lambda d: d < 0.5),
@@ -580,6 +902,43 @@ COMPOSITION = {
         lambda: optax.partition({"train": A}, {"w": "trian", "layer": "train"}).init(W),
         number("trian", "Parameter labels", "Transforms keys"),
     ),
+    "a remainder inside of a chain": (
+        lambda: narrow(optax.chain(CARRY, optax.scale(0.5))),
+        number("carry_remainder", "followed by 1 more in an optax.chain", "Put it last, or around all"),
+    ),
+    "a remainder inside of a named chain": (
+        lambda: narrow(optax.named_chain(("a", CARRY), ("b", optax.scale(0.5)), ("c", optax.scale(0.5)))),
+        number("carry_remainder", "followed by 2 more in an optax.named_chain", "Put it last"),
+    ),
+    "a remainder masked in a chain": (
+        lambda: narrow(optax.chain(optax.masked(CARRY, True), optax.scale(0.5))),
+        number("carry_remainder", "followed by 1 more", "Put it last, or around all"),
+    ),
+    "a rounding that does not end a chain": (
+        lambda: narrow(optax.chain(optax.scale(-1.0), round_stochastically(), optax.scale(0.5))),
+        number("round_stochastically", "followed by 1 more", "Put it last"),
+    ),
+    "a remainder last in a chain": (
+        lambda: narrow(optax.chain(optax.clip(1.0), CARRY)),
+        lambda u: np.allclose(u, -0.1015625),
+    ),
+    "a remainder of float32 in a chain": (
+        lambda: step(optax.chain(CARRY, optax.scale(0.5)))["w"],
+        lambda u: np.allclose(abs(u), 0.05),
+    ),
+    **{
+        f"a remainder in {name}": (
+            functools.partial(lambda wrap: narrow(wrap(CARRY)), wrap),
+            kind(
+                f"carry_remainder inside of optax.{name}", "dtypes do not match", "or guard, inside of carry_remainder"
+            ),
+        )
+        for name, wrap in BRANCHES.items()
+    },
+    "observe around a branch with a spread": (
+        lambda: step(observe(optax.apply_if_finite(snr_adam.centered_adam(0.1), 3)))["w"],
+        lambda u: np.allclose(abs(u), 0.1),
+    ),
     "no guard in the state": (lambda: snr_adam.health(A.init(W), W), number("GuardState", "found 0", "pass the guard")),
     "two guards in the state": (
         lambda: snr_adam.health(optax.chain(guard(A), guard(A)).init(W), W),
@@ -594,6 +953,14 @@ MISTAKES = {
         lambda: step(adamw(0.1, weight_decay=0.5), jax.tree.map(jnp.zeros_like, G))["w"],
         lambda u: np.allclose(u, -0.05 * W["w"]),
     ),
+    "layers whose names differ by what trackers do not take": (
+        lambda: layers_of({"net/~/linear": 1.0, "net/linear": 2.0, "net": {"linear": 3.0}}),
+        lambda found: sorted(found) == ["net/linear", "net/linear_2", "net/linear_3"] and len(set(found.values())) == 3,
+    ),
+    "a layer that has the name of another's number": (
+        lambda: layers_of({"net/linear_2": 1.0, "net/~/linear": 2.0, "net/linear": 3.0}),
+        lambda found: len(found) == 3,
+    ),
     "a mask that is a function": (
         lambda: step(adamw(0.1, weight_decay=9.0, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))["w"],
         lambda u: np.allclose(abs(u), 0.1),
@@ -605,9 +972,63 @@ MISTAKES = {
 }
 
 
+def layers_of(params):
+    """The signal of each layer by the name that trackers are given."""
+    tx, params = observe(A), jax.tree.map(jnp.float32, params)
+    state = jax.jit(tx.update)(params, tx.init(params), params)[1]
+    prefix = "snr/layer/signal/"
+    found = snr_adam.metrics(state, layers=True)
+    return {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)}
+
+
 def used_twice():
     state = A.init(W)
     return np.array_equal(A.update(G, state, W)[0]["w"], A.update(G, state, W)[0]["w"])
+
+
+ABC = {name: jnp.ones(2) for name in "abc"}
+NESTED = {"a": [jnp.ones(2), jnp.ones(3)], "b": jnp.ones(2), "c": jnp.ones(2)}
+
+
+def named(tx, params=ABC, **changed):
+    """What `health` calls the leaf of a step whose gradient c is NaN."""
+    grads = {**params, "c": jnp.full(2, jnp.nan), **changed}
+    state = jax.jit(tx.update)(grads, tx.init(params), params)[1]
+    return snr_adam.health(state, params).last_bad
+
+
+def is_c(name):
+    return name == "c"
+
+
+NOT_A = {"a": False, "b": True, "c": True}
+LABELS = {"a": "other", "b": "this", "c": "this"}
+
+
+def parted(tx):
+    return optax.partition({"this": tx, "other": optax.sgd(0.1)}, LABELS)
+
+
+NAMES_OF_LEAVES = {
+    "a gradient that is None": (lambda: named(guard(A), a=None), is_c),
+    "a gradient that is None, of sgd": (lambda: named(guard(optax.sgd(0.1)), a=None), is_c),
+    "two that are None": (lambda: named(guard(A), a=None, b=None), is_c),
+    "a parameter that is None": (lambda: named(guard(A), {**ABC, "b": None}), is_c),
+    "masked": (lambda: named(optax.masked(guard(A), NOT_A)), is_c),
+    "masked by a prefix": (lambda: named(optax.masked(guard(A), NOT_A), NESTED), is_c),
+    "masked, and None": (lambda: named(optax.masked(guard(A), NOT_A), b=None), is_c),
+    "masked, packed": (lambda: named(optax.masked(guard(adam(0.1, storage="packed")), NOT_A)), is_c),
+    "masked, of Optax": (lambda: named(optax.masked(guard(optax.adam(0.1)), NOT_A)), is_c),
+    "masked inside": (lambda: named(guard(optax.masked(A, NOT_A)), NESTED), is_c),
+    "partition": (lambda: named(parted(guard(A))), is_c),
+    "partition by a prefix": (lambda: named(parted(guard(A)), NESTED), is_c),
+    "partition inside": (lambda: named(guard(parted(A))), is_c),
+    "masked, and nothing in the state that tells": (
+        lambda: named(optax.masked(guard(optax.sgd(0.1)), NOT_A)),
+        lambda name: "leaf number 2 of those that optax.masked shows" in name,
+    ),
+    "flattened": (lambda: named(optax.flatten(guard(A))), lambda name: name == "the tree itself"),
+}
 
 
 def observed_and_guarded():
@@ -865,6 +1286,7 @@ AREAS: dict[str, dict[str, tuple[Any, Any]]] = {
     "recompilation": RECOMPILATION,
     "sharding": SHARDING,
     "composition": COMPOSITION,
+    "names of leaves": NAMES_OF_LEAVES,
     "mistakes": MISTAKES,
     "states that are read": READ,
     "what is given": GIVEN,

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from snr_adam import _tree
+from snr_adam._state import fits, marks
 from snr_adam.state._savers import publish, unfinished
 from snr_adam.state.digest import compare, manifest, rows_of, verify
 from snr_adam.state.forms import FORM, earlier, renewed
@@ -65,7 +66,7 @@ def save_state(directory: str | os.PathLike, step: int, state: Any) -> None:
         raise _taken(directory, step)
     item = ocp.args.Composite(
         state=ocp.args.StandardSave(_on_disk(state)),
-        manifest=ocp.args.JsonSave({"step": step, "form": FORM, "leaves": leaves}),
+        manifest=ocp.args.JsonSave({"step": step, "form": FORM, "made": marks(state), "leaves": leaves}),
     )
     with _unfinished(directory) as folder:
         with _one_at_a_time, _checkpointer() as checkpointer:
@@ -91,7 +92,8 @@ def restore_state(directory: str | os.PathLike, like: Any, step: int | None = No
     step = _chosen(directory, step)
     name = os.path.join(directory, str(step))
     with _about(f"checkpoint {name}"), _checkpointer() as checkpointer:
-        form, leaves = _read_manifest(checkpointer, name, step)
+        form, leaves, made = _read_manifest(checkpointer, name, step)
+        _check_marks(made, marks(like))
         target = earlier(like, form)
         compare(target, leaves)
         state = _read_state(checkpointer, name, target)
@@ -201,6 +203,9 @@ def _read_manifest(checkpointer, name: str, step: int):
     try:
         saved = checkpointer.restore(name, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
         named, form, leaves = saved["step"], saved.get("form", 1), rows_of(saved["leaves"])
+        made = saved.get("made", [])
+        if not (isinstance(made, list) and all(x is None or isinstance(x, str) for x in made)):
+            raise ValueError(f"{made!r:.80} are no marks of what made the states")
         if not (type(named) is int and type(form) is int and form >= 1):
             raise ValueError(f"step {named!r} and form {form!r} are no numbers of a step and a form")
     except Exception as error:
@@ -214,7 +219,17 @@ def _read_manifest(checkpointer, name: str, step: int):
         raise ValueError(
             f"it is of form {form}, and this version of snr_adam reads forms 1 to {FORM}: take a newer one"
         )
-    return form, leaves
+    return form, leaves, made
+
+
+def _check_marks(saved: list, wanted: list) -> None:
+    """Raises where a state was made by other parts; older manifests do not say by which."""
+    for here, there in zip(saved, wanted, strict=False):
+        if not fits(here, there):
+            raise ValueError(
+                f"it holds moments of {here} (signal/noise) and `like` is of {there}: restore it with the optimizer "
+                "that was saved; `from_optax(state, like)` moves between those that keep Adam's averages"
+            )
 
 
 def _read_state(checkpointer, name: str, like):

@@ -27,6 +27,7 @@ from snr_adam._bits import random_bits, seeds_at
 from snr_adam._given import boxed_like, plain, readable
 from snr_adam._moments import Moments, is_adam, of_adam
 from snr_adam._numerics import decay_at, mean_onto, times
+from snr_adam._state import ADAM, OF_ADAM, marked
 from snr_adam.shared import SharedNoise
 from snr_adam.storage import Cast, InWords, Packed
 from snr_adam.transform import ScaleBySnrState
@@ -57,6 +58,13 @@ def _correction(b, state, like, dtype):
 def _move_moments(state, like, where: str, injected: dict):
     """The state of an Adam in the form of another, rounded stochastically where that is narrower."""
     (outer, kept), (other, to) = of_adam(state, where), of_adam(like, where)
+    here, there = mark_of(state), mark_of(like)
+    if here is not None and there is not None and here != there and not {here, there} <= OF_ADAM:
+        raise ValueError(
+            f"the moments at {where} are those of {here} (signal/noise), `like` has those of {there}: they are other "
+            "averages, and only Adam's move. Between an optimizer of Optax's and its namesake here, such as adamax, "
+            "the arrays are the same: put count, mu and nu into the state that `init` returns, with `_replace`"
+        )
     if outer != other:
         raise ValueError(
             f"the moments at {where} belong to parameters of structure {outer}, those of `like` to {other}: "
@@ -79,7 +87,12 @@ def _move_moments(state, like, where: str, injected: dict):
     ms, vs = ([pair[k] for pair in new] for k in (0, 1))
     nu: Any = SharedNoise(tuple(vs)) if isinstance(like.nu, SharedNoise) else like.nu
     nu = nu if isinstance(nu, (InWords, SharedNoise)) else outer.unflatten(vs)
-    return type(like)(state.count, outer.unflatten(ms), nu)
+    return like._replace(count=state.count, mu=outer.unflatten(ms), nu=nu)
+
+
+def mark_of(state) -> str | None:
+    """What made the state; Optax's states do not say, and are taken for those of its Adam."""
+    return ADAM if isinstance(state, optax.ScaleByAdamState) else state.made
 
 
 def _children(node):
@@ -159,7 +172,8 @@ def _in_full(state, kind):
             return (None, None) if one is None else jax.eval_shape(full, one.mu, one.nu)
 
         ms, vs = zip(*map(shapes, kept), strict=True) if kept else ((), ())
-        return kind(node.count, outer.unflatten(ms), outer.unflatten(vs))
+        new = kind(node.count, outer.unflatten(ms), outer.unflatten(vs))
+        return marked(new, mark_of(node)) if isinstance(new, ScaleBySnrState) else new
 
     return jax.tree.map(
         full, state, is_leaf=lambda x: is_adam(x) or isinstance(x, (optax.ScaleByScheduleState, optax.EmptyState))

@@ -31,6 +31,8 @@ from snr_adam.shared import Shared, SharedNoise
 from snr_adam.storage import InOwnForm
 from snr_adam.transform import ScaleBySnrState
 
+_NOT_SHARED = ("Infinity", "Spread", "Adapted")  # of those that keep one array; others are told from its form
+
 
 class Candidate(NamedTuple):
     """One parameter and the axes over which its noise is best shared; `axes` is () where nothing passes the cutoff.
@@ -200,5 +202,10 @@ def _second_moments(state: ScaleBySnrState):
         raise ValueError(
             "sharing needs a noise that keeps one array per parameter, apart from the signal: this state's nu is "
             f"{type(state.nu).__name__}. Storage 'packed' and optimizers such as amsgrad cannot share"
+        )
+    if state.made and state.made.rpartition("/")[2] in _NOT_SHARED:
+        raise ValueError(
+            f"sharing needs a noise that is a mean of squares: this state is one of {state.made} (signal/noise), which "
+            "`Shared` refuses too"
         )
     return state.nu

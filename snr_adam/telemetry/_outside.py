@@ -129,15 +129,20 @@ class Outside(NamedTuple):
     def kind(self) -> tuple:
         """What two leaves have in common if their sums may be taken together."""
         arrays = [x for x in (self.g, self.old.mu, self.old.nu) if x is not None]
-        return self.averages, id(self.t), self.old.form, *((x.shape, str(x.dtype)) for x in map(_tree.as_array, arrays))
+        return (
+            self.averages,
+            id(self.t),
+            self.old.form,
+            *((x.shape, str(x.dtype)) for x in map(_tree.jax_array, arrays)),
+        )
 
     def stacked(self, others: "list[Outside]") -> "Outside":
         """Several leaves of one kind as one, along a new first axis; for sums of what the step began with."""
-        gs, mus = zip(*((_tree.as_array(each.g), each.old.mu) for each in (self, *others)), strict=True)
+        gs, mus = zip(*((_tree.jax_array(each.g), each.old.mu) for each in (self, *others)), strict=True)
         return self._replace(g=jax.numpy.stack(gs), old=self.old._replace(mu=jax.numpy.stack(mus), nu=None))
 
     def gradient(self):
-        return widen(_tree.as_array(self.g))
+        return widen(_tree.jax_array(self.g))
 
     @property
     def first(self):
@@ -158,7 +163,7 @@ class Outside(NamedTuple):
         return self.new.read()
 
     def update(self, p):
-        return widen(_tree.as_array(self.u))
+        return widen(_tree.jax_array(self.u))
 
 
 def as_computed(averages: tuple, moments: Moments) -> tuple[Average | None, Average | None]:

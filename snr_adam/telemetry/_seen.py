@@ -23,10 +23,11 @@ from snr_adam.telemetry._averages import Last, Memory
 
 
 class Leaf(NamedTuple):
-    """An observed leaf: its number, its path, the axis it is sliced along (None: not), and its part of the vectors."""
+    """An observed leaf: its number, the key of its path, the axis it is sliced along (None: not), and its part of the
+    vectors."""
 
     number: int
-    path: str
+    key: str
     axis: int | None
     part: slice
 
@@ -44,16 +45,23 @@ def _layer_axis(rule, path: str, shape) -> int | None:
     return rule % len(shape)
 
 
-def observed_in(tree, found, rule) -> list[Leaf]:
-    """The leaves that have a first moment."""
-    leaves, start = [], 0
+def observed_in(tree, found, rule, columns: int | None = None) -> list[Leaf]:
+    """The leaves that have a first moment; as many as there are columns, where that is known."""
+    leaves, start, keys = [], 0, _tree.keys(tree)
     for i, ((path, x), moments) in enumerate(zip(_tree.named_leaves(tree), found, strict=True)):
         if moments is not None:
             check_sizes("observe: a look sums in blocks, whose sizes must be known", jnp.shape(x))
             axis = _layer_axis(rule, path, jnp.shape(x))
             stop = start + (1 if axis is None else jnp.shape(x)[axis])
-            leaves.append(Leaf(i, path, axis, slice(start, stop)))
+            leaves.append(Leaf(i, keys[i], axis, slice(start, stop)))
             start = stop
+    if columns not in (None, start):
+        none = [path for path, x in _tree.named_leaves(tree) if x is None]
+        raise ValueError(
+            f"observe: the gradients have {start} layers with a first moment, the state has {columns} (gradients that "
+            f"are None: {', '.join(none) or 'none'}). A frozen parameter is None when `init` is called too, or masked: "
+            "optax.masked(observe(tx), mask)"
+        )
     return leaves
 
 
@@ -224,7 +232,7 @@ class Shown:
                 v = jnp.broadcast_to(v, g.shape)
                 counted = (abs_sq(g) > 0) & (v > 0)
                 hits = counted & (abs_sq(m) > least[leaf.part].reshape(shape) * v)
-            p = None if p is None else widen(_tree.as_array(p))
+            p = None if p is None else widen(_tree.jax_array(p))
             u = abs_sq(seen.update(p))
             xs = [abs_sq(g), hits, counted, u, jnp.nan if p is None else abs_sq(p), jnp.zeros(())]
             return sums.rows([jnp.asarray(x) for x in xs], leaf.axis)

@@ -93,7 +93,8 @@ def in_order(made: list[int], sizes: list[int]):
 
 
 def _alike(xs) -> list:
-    """Every array as float32, in the shape of the first."""
+    """Every array as float32, in the shape of the first; what is looked at has no derivative."""
+    xs = jax.lax.stop_gradient(list(xs))
     return [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
 
 

@@ -138,13 +138,13 @@ def observe(
         """What there is to ask of each observed leaf."""
         before: list[Any] = find(state.inner, outer, leaves)
         after: list[Any] = find(inner, outer, leaves)
-        observed = observed_in(updates, after, layer_axis)
+        observed = observed_in(updates, after, layer_axis, state.axis.shape[0])
         here = {id(x) for x in jax.tree.leaves(inner)}
         us = outer.flatten_up_to(out)
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
 
         def seen(leaf: Leaf):
-            found = look.seen.get(leaf.path)
+            found = look.seen.get(leaf.key)
             # what was noted in a branch or a loop cannot be used outside of it, and is not in the state that came out
             if found and all(id(x) in here for x in jax.tree.leaves(found.new)):
                 return found
@@ -166,7 +166,7 @@ def observe(
             look.seen.update(own.seen)
         leaves, outer = _tree.flatten(updates)
         step = shown(leaves, outer, updates, state, inner, out, own, params)
-        t: Any = optax.safe_increment(state.count)
+        t: Any = optax.safe_increment(_tree.checked_count(state.count))
         old = Watched(**{name: getattr(state, name) for name in Watched._fields})
         burst, place = state.count // (lags.BURST * every), state.count % (lags.BURST * every)
         due = place < lags.BURST
@@ -245,7 +245,7 @@ def observe(
         new, zero = jax.lax.platform_dependent(cpu=afterwards, cuda=on_gpu, default=inside)
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it
-            out = jax.tree.map(lambda u: _compiler.after(_tree.as_array(u), zero), out)
-        return out, state._replace(inner=inner, count=count, **new._asdict())
+            out = jax.tree.map(lambda u: _compiler.after(_tree.jax_array(u), zero), out)
+        return out, state._replace(inner=inner, count=count, **jax.lax.stop_gradient(new)._asdict())
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -40,6 +40,19 @@ def metric_name(name: str) -> str:
     return re.sub(r"/+", "/", name).strip("/")
 
 
+def metric_names(names: list[str]) -> list[str]:
+    """`metric_name` of each, no two alike: where two names differ only by what is left out, the later gets a number.
+
+    >>> metric_names(["net/~/linear", "net/linear"])
+    ['net/linear', 'net/linear_2']
+    """
+    found: list[str] = []
+    for name in map(metric_name, names):
+        same = (f"{name}_{i}" for i in range(2, len(names) + 2))
+        found.append(name if name not in found else next(x for x in same if x not in found))
+    return found
+
+
 def metrics(
     opt_state,
     prefix: str = "snr/",
@@ -72,9 +85,9 @@ def metrics(
         if known.size:
             found |= {f"{key}_p{p}": x for p, x in zip((10, 50, 90), np.percentile(known, (10, 50, 90)), strict=True)}
     if layers:
-        for row in seen.rows:
-            name = row.pop("name")
-            found |= {metric_name(f"layer/{key}/{name}"): x for key, x in row.items()}
+        names = metric_names([row["name"] for row in seen.rows])
+        for name, row in zip(names, seen.rows, strict=True):
+            found |= {f"layer/{key}/{name}": x for key, x in row.items() if key != "name"}
     return {prefix + key: float(x) for key, x in found.items() if np.isfinite(x)}
 
 
