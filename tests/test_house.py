@@ -151,7 +151,6 @@ def test_a_wrong_import_is_found(module, source):
         ),
         ("telemetry._lags", "def f():\n    from scipy.special import stdtrit"),
         ("telemetry._matplotlib", "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    raise"),
-        ("telemetry._lags", "def f():\n    from scipy.special import stdtrit"),
     ],
 )
 def test_a_right_import_is_not(module, source):
