@@ -68,7 +68,7 @@ def test_arrays_of_fewer_dimensions_count_for_every_element():
 
 
 def test_leaves_are_joined_side_by_side():
-    found = [sums.together([jnp.ones((2, 3))] * 3, 0), sums.together([2 * jnp.ones(4)] * 3, None)]
+    found = [sums.rows([jnp.ones((2, 3))] * 3, 0), sums.rows([2 * jnp.ones(4)] * 3, None)]
     total, sketches = sums.joined(found)
     np.testing.assert_array_equal(total, [[3, 3, 8]] * 2)
     np.testing.assert_array_equal(np.sum(sketches, 1), [3, 3, 8])

@@ -318,7 +318,7 @@ def test_before_the_first_step_nothing_is_known():
     assert seen.step == seen.looked == seen.window == 0
     assert {key for key, x in seen.columns.items() if not np.all(np.isnan(x))} == {"size"}
     assert snr_adam.metrics(state, layers=True) == {
-        f"snr/size/{name}": size for name, size in zip(NAMES, (15, 3, 12), strict=True)
+        f"snr/layer/size/{name}": size for name, size in zip(NAMES, (15, 3, 12), strict=True)
     }
     assert "0 +- 0" not in str(seen)
     assert [line.split()[1:] for line in str(seen).split("\n")[2:5]] == [["-"] * 9] * 3
