@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import quick_jit
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -1038,7 +1039,7 @@ def observed_and_guarded():
 def of_three_runs():
     """The state of three runs at once."""
     tx, three = observed_and_guarded(), jax.tree.map(lambda x: jnp.stack([x] * 3), W)
-    return jax.vmap(tx.update)(three, jax.vmap(tx.init)(three), three)[1]
+    return quick_jit(jax.vmap(tx.update))(three, jax.vmap(tx.init)(three), three)[1]
 
 
 def inside(read, state=None):

@@ -15,10 +15,20 @@ README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", [code for code in CODE if "  # " in code])
+@pytest.mark.parametrize("code", [code for code in CODE if re.search(r"print\(.*\)  # ", code)])
 def test_the_code_prints_what_it_says(code, capsys):
     exec(code, {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
+
+
+def test_the_first_block_prints_a_table(capsys):
+    """As it stands, in one paste: every layer, the total, and a signal that was found."""
+    assert len(CODE[0].splitlines()) <= 16
+    exec(CODE[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 200; snr, persistence and noise scale over about 80 steps")
+    assert [line.split()[0] for line in lines[2:6] if "---" not in line] == ["hidden", "out", "total"]
+    assert ">=" not in lines[5]
 
 
 @pytest.mark.parametrize("code", [code for code in CODE if "def step(" in code])
