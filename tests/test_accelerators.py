@@ -139,7 +139,7 @@ def test_a_look_on_a_mesh_is_one_message(found, target, base):
     messages, before = (sum(row["collectives"].values()) for row in (look, plain))
     assert before == (1 if base.startswith("guard") else 0)
     assert messages == before + 1
-    # a small tree, of which a TPU keeps more or less on its chip; on GPU some leaves' sketches read their gradient again
+    # a small tree, of which a TPU keeps more or less on its chip; on GPU some sketches read their gradient again
     assert look["moved"] <= plain["moved"] + (6 if target == "h100" else 0.2)
     assert look["waiting"] <= plain["waiting"] + 0.02
 
