@@ -268,10 +268,12 @@ def gpu_table() -> str:
         for dtype in ("float32", "bfloat16"):
             small, large = (found.get((contender, tree, dtype)) for tree in ("62500x4000", "250000x4000"))
             row = small or large
+            if "remainder" in contender and dtype == "float32":
+                row = None  # float32 parameters have none
             cells.append("-" if row is None else f"{row['ratio']:.2f}{'' if small else '†'}")
             cells.append(f"{row['of_copy']:.0%}" if row and "of_copy" in row else "-")
-            if row and dtype == "float32":
-                state = f"{row['bytes_state']:.0f}"
+            if row:
+                state = f"{row['bytes_state']:.0f}" if dtype == "float32" or state == "-" else state
         lines.append(f"| {label} | " + " | ".join([*cells, state]) + " |")
     machine = results["machine"]
     return "\n".join(lines) + (

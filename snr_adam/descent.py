@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snr_adam._checks import check_fields
 from snr_adam._derivatives import arctan2, quotient, sqrt
@@ -234,7 +235,7 @@ class ClippedUpdate(_Rule):
     arXiv 2304.13013, Algorithm 2; Shazeer & Stern, Adafactor, arXiv 1804.04235, section 6.
     """
 
-    eps: Scalar = 1e-8
+    eps: Scalar | np.floating = 1e-8
     then: Descent = Decoupled()
 
     def update(self, ratio, p, alpha, decay):
@@ -243,7 +244,8 @@ class ClippedUpdate(_Rule):
                 "ClippedUpdate measures a gradient against the noise that divides it, and here nothing divides the "
                 "average of the gradients (Unit, Previous and Normalized do not): leave it out, or use RMS"
             )
-        v = jnp.maximum(ratio.second(), max(self.eps * self.eps, float(jnp.finfo(ratio.noise.dtype).tiny)))
+        tiny, least = float(jnp.finfo(ratio.noise.dtype).tiny), self.eps * self.eps
+        v = jnp.maximum(ratio.second(), jnp.maximum(least, tiny) if isinstance(least, jax.Array) else max(least, tiny))
         square = jnp.sum(quotient(abs_sq(ratio.gradient), v)) / max(ratio.gradient.size, 1)
         return self.then.update(ratio, p, alpha / jnp.maximum(1.0, sqrt(square)), decay)
 

@@ -131,8 +131,24 @@ class EMA:
         return _ema_floor(self.b1, t, self.debias)
 
 
+class _Kept:
+    """For signals whose memory is the estimate itself: an average with one number, its gain, which is also its leak."""
+
+    def init(self, p):
+        return moment_like(p)
+
+    def update(self, m, g, gain):
+        return lerp(m, g, gain)
+
+    def estimate(self, m, g, gain):
+        return m, 1.0
+
+    def average(self, gain):
+        return Average(gain, gain, 1.0)
+
+
 @dataclass(frozen=True)
-class Mean:
+class Mean(_Kept):
     """The bias-corrected EMA, stored corrected: m_t = m_{t-1} + (1-b1)/(1-b1^t) (g_t - m_{t-1}).
 
     The same estimate as `EMA`. Its state is the mean itself, which `noise.Spread` needs.
@@ -141,47 +157,23 @@ class Mean:
     b1: Hyper = 0.95
     __post_init__ = check_fields
 
-    def init(self, p):
-        return moment_like(p)
-
     def at(self, t, dtype):
         k = decay_at(self.b1, t, dtype)
         return k.gain * k.debias
-
-    def update(self, m, g, gain):
-        return lerp(m, g, gain)
-
-    def estimate(self, m, g, gain):
-        return m, 1.0
-
-    def average(self, gain):
-        return Average(gain, gain, 1.0)
 
     def floor(self, t):
         return _ema_floor(self.b1, t)
 
 
 @dataclass(frozen=True)
-class FromFirst:
+class FromFirst(_Kept):
     """The EMA that starts at the first gradient: m_1 = g_1, whose weights sum to 1 without a correction."""
 
     b1: Hyper = 0.9
     __post_init__ = check_fields
 
-    def init(self, p):
-        return moment_like(p)
-
     def at(self, t, dtype):
         return jnp.where(t == 1, 1.0, decay_at(self.b1, t, dtype).gain).astype(dtype)
-
-    def update(self, m, g, gain):
-        return lerp(m, g, gain)
-
-    def estimate(self, m, g, gain):
-        return m, 1.0
-
-    def average(self, gain):
-        return Average(gain, gain, 1.0)
 
     def floor(self, t):
         if callable(self.b1):

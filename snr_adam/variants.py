@@ -76,7 +76,10 @@ def stable_adamw(
     w := w - alpha_t (m^ / (sqrt(v^) + eps) + lambda w), alpha_t = alpha / max(1, sqrt(mean(g^2 / max(v^, eps^2)))), the
     mean over one array.
 
-    Args: as `adamw`. `eps` must be a number: it is that of the mean too.
+    Args: as `adamw`. `eps` is that of the mean too, and no schedule.
+
+    Raises:
+      TypeError: if `eps` is a schedule; as `adamw`.
 
     >>> import jax.numpy as jnp
     >>> tx = stable_adamw(0.125, b2=0.99)
@@ -89,8 +92,9 @@ def stable_adamw(
     Reference: Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models,
     arXiv 2304.13013, Algorithm 2.
     """
-    floor = float(eps) if isinstance(eps, (int, float)) else 1e-8
-    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), ClippedUpdate(floor)
+    if callable(eps):
+        raise TypeError("stable_adamw: eps is a schedule: must be a number or a scalar array, the mean has it too")
+    parts = average(b1, nesterov), n.RMS(b2, eps, eps_root), ClippedUpdate(eps)
     return _adamw(learning_rate, *parts, weight_decay, mask, stored(storage, mu_dtype))
 
 

@@ -420,3 +420,18 @@ def test_a_run_of_optax_goes_on_in_a_variant():
         moved = snr_adam.from_optax(state, tx.init(params))
         assert jax.tree.structure(moved) == jax.tree.structure(tx.init(params))
         jax.tree.map(np.testing.assert_array_equal, moved[0].mu, state[0].mu)
+
+
+def test_the_eps_of_stable_adamw_is_that_of_its_mean_also_when_it_is_injected():
+    """With gradients under eps the mean is small, and with an eps of 1e-8 in it the step would be shorter."""
+    w, grads = jnp.ones(2), [jnp.array([1e-3, 2e-3]), jnp.array([0.4, 0.5])]
+    steps = []
+    for make in (snr_adam.stable_adamw, optax.inject_hyperparams(snr_adam.stable_adamw)):
+        tx = make(0.1, eps=0.5)
+        state = tx.init(w)
+        for g in grads:
+            u, state = cases.quick_jit(tx.update)(g, state, w)
+        steps.append(u)
+    np.testing.assert_allclose(*steps, rtol=1e-6)
+    with pytest.raises(TypeError, match="stable_adamw: eps is a schedule"):
+        snr_adam.stable_adamw(0.1, eps=lambda count: 1e-8)

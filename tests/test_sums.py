@@ -16,7 +16,7 @@ CASES = [
     *(((3, 5), None), ((3, 5), 0), ((3, 5), 1), ((6, 128), None), ((6, 128), 0), ((2, 513, 64), 2), ((2, 64, 3), 1)),
     *(((200, 5, 2), None), ((3, 200, 2), 0), ((128,), None), ((129,), None)),
 ]
-TAKE = {"at once": sums.at_once, "in one reduction": sums.in_one_reduction, "one each": sums.one_each}
+TAKE = {"at once": sums.at_once, "one each": sums.one_each}
 
 
 @functools.partial(quick_jit, static_argnums=(1, 2))

@@ -224,7 +224,8 @@ def test_an_observation_is_one_all_reduce(storage):
     """However many leaves there are: one in the branch that observes, one in the rarer one that examines as well."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    params = [jax.ShapeDtypeStruct((16, 512), jnp.float32, sharding=rows) for _ in range(7)]
+    shapes = [(16, 512)] * 5 + [(768, 64)] * 2  # of 768 rows a device has 96, which are no whole sketch
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows) for shape in shapes]
     tx = snr_adam.observe(snr_adam.adamw(0.1, storage=storage), every=10)
 
     def step(params, state, grads):
@@ -332,6 +333,22 @@ def test_elements_without_gradient_are_not_counted():
     )
     assert Last(*state.last).counted == 400
     assert 0.15 < snr_adam.report(state).total["significant"] < 0.35
+
+
+@pytest.mark.parametrize("dense", [1.0, 0.85, 0.3, 0.05])
+def test_sparse_noise_is_not_called_significant(dense):
+    """Rows that have a gradient now and then: 5 +- 1 % of pure noise, or nothing said."""
+    tx = snr_adam.observe(snr_adam.adam(1e-3))
+
+    def step(state, key):
+        noise, there = (jax.random.fold_in(key, i) for i in (0, 1))
+        g = jax.random.normal(noise, (400, 20)) * (jax.random.uniform(there, (400, 1)) < dense)
+        return tx.update(g, state)[1], None
+
+    keys = jax.random.split(jax.random.key(3), 96)
+    state = quick_jit(lambda s: jax.lax.scan(step, s, keys)[0])(tx.init(jnp.zeros((400, 20))))
+    found = snr_adam.report(state).total["significant"]
+    assert np.isnan(found) if dense < 0.5 else abs(found - 0.05) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["adam", "momentum"])

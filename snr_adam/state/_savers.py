@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from secrets import token_hex
 
 _PREFIX, _LOCK = ".unfinished-", ".lock"
-_held_here: set[str] = (
-    set()
-)  # the system's lock keeps other processes out, and is lost if this one opens its file again
+# the system's lock keeps other processes out, and is lost if this one opens its file again
+_held_here: set[str] = set()
 
 
 @contextlib.contextmanager

@@ -63,7 +63,8 @@ class Last(NamedTuple):
     signal_sq, noise_sq: |m^|^2 and the sum of v^. rho: the share of noise that passes m^; floor_sq: the same, where
     the noise is an average of squares. leak, newest: what m forgets in a step, and the newest gradient's weight in m^.
     significant: how many of the `counted` elements, those with a gradient and a v, have an |m| that noise alone would
-    exceed in 5 % of cases. update_sq, param_sq: of the squares of the update and of the parameter.
+    exceed in 5 % of cases; nan where many gradients are 0. update_sq, param_sq: of the squares of the update and of
+    the parameter.
     """
 
     signal_sq: Any

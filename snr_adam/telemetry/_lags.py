@@ -6,6 +6,8 @@ successive steps, C_k = <g_i, g_j> with k = j - i is fitted by S - k slope over 
 
     S = 6 / ((n-1)(n-2)) sum_{i<j} (1 - 2 (j-i) / n) <g_i, g_j>         n = 6: weights .2, .1, 0, -.1, -.2 by lag
 
+Where gradients turn round within a burst no line fits, and `estimate` says what is known then.
+
 The products are those of *sketches*: 128 sums of the elements of a leaf with random signs, which keep inner products on
 average; kilobytes instead of five copies of the gradients. Signs are hashes of the element's place, the leaf and the
 burst: the same within a burst, and new ones for the next, so that their error averages out over bursts.
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snr_adam._bits import Seed, element_index, float_of, hashed, word_of
-from snr_adam.telemetry._sums import WIDTH
+from snr_adam.telemetry._sums import WIDTH, is_few
 
 BURST = 6
 """Looks at successive steps that belong together."""
@@ -71,7 +73,7 @@ def weight_of_newest(bursts, largest=max):
 
 def is_whole(x, axis) -> bool:
     """Whether the slices of an array are kept as they are: they are no longer than a sketch."""
-    return x.size // (1 if axis is None else x.shape[axis]) <= WIDTH and not jnp.iscomplexobj(x)
+    return is_few(x.size // (1 if axis is None else x.shape[axis])) and not jnp.iscomplexobj(x)
 
 
 def signed(x, seeds: Seed, axis):
@@ -103,7 +105,7 @@ def put(sketches, new, place, ok):
 def after_a_burst(old: jax.Array, bursts, sketches, whole: np.ndarray):
     """The means and the number of bursts after a whole burst; the same if some sketch is not known.
 
-    old: (8, L + 1) rows named by `Lags`. whole: bool (L,), the leaves that are kept as they are.
+    old: (11, L + 1) rows named by `Lags`. whole: bool (L,), the leaves that are kept as they are.
     """
     products = jnp.sum(sketches[:, None] * sketches[None], -1)  # no dot: a GPU's would round to 10 bits
     q = jnp.concatenate([products, jnp.sum(products, -1, keepdims=True)], -1)

@@ -24,17 +24,12 @@ def inner(x, y):
 
 
 def at_once(xs):
-    """Sums over the last axis as one reduction with several results."""
-    return jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, (xs[0].ndim - 1,))
+    """Sums over the last axis as one reduction with several results.
 
-
-def in_one_reduction(xs):
-    """The same inside of the kernel that an update makes on a GPU.
-
-    There XLA lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array
-    first. What becomes of the rows is apart, or it would be made with other arrays' rows in a kernel of its own.
+    XLA for GPU lets one reduction per kernel read an array that the kernel overwrites: of several it copies the array
+    first.
     """
-    return jax.lax.optimization_barrier(at_once(xs))
+    return jax.lax.reduce(tuple(xs), (np.float32(0),) * len(xs), _add, (xs[0].ndim - 1,))
 
 
 def one_each(xs):
@@ -58,7 +53,7 @@ def rows(xs, axis, take=at_once):
       For each array float32 (slices, rows) or (1, rows); of no more elements than a sketch has, the elements.
     """
     xs = [_rows(x, axis) for x in _alike(xs)]
-    found = xs if _is_few(xs[0].shape) else take(xs)
+    found = xs if is_few(math.prod(xs[0].shape[1:])) else take(xs)
     return [whole(x).reshape(x.shape[0], math.prod(x.shape[1:])) for x in found]
 
 
@@ -98,16 +93,16 @@ def _alike(xs) -> list:
     return [jnp.broadcast_to(x, xs[0].shape).astype(jnp.float32) for x in xs]
 
 
-def _is_few(shape) -> bool:
-    """Whether slices of that shape are no longer than a sketch."""
-    return math.prod(shape[1:]) <= WIDTH
+def is_few(size: int) -> bool:
+    """Whether so many elements are no more than a sketch has."""
+    return size <= WIDTH
 
 
 def _rows(x, axis):
     """An array as (slices, ..., rows, elements of a row), with rows enough for a sketch where there are so many."""
     x = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
-    size, rows = math.prod(x.shape[1:]), math.prod(x.shape[1:-1])
-    if _is_few(x.shape) or (x.ndim > 2 and rows >= WIDTH):
+    size = math.prod(x.shape[1:])
+    if is_few(size) or (x.ndim > 2 and math.prod(x.shape[1:-1]) >= WIDTH):
         return x
     x = whole(x)
     cut = np.gcd(size, 4096)
@@ -117,18 +112,18 @@ def _rows(x, axis):
     return jnp.swapaxes(flat.reshape(x.shape[0], -1, WIDTH), 1, 2)
 
 
-def _fold(rows):
+def _fold(x):
     """Rows (slices, rows) as sketches (slices, 128).
 
     Rows are cut into pieces of 32, of which every fourth goes to the same places. To cut them into pieces of 128 would
     move them between devices, where an axis is spread over so many that none holds whole pieces.
     """
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % _PIECE if rows.shape[1] else _PIECE)))
-    pieces = rows.reshape(rows.shape[0], -1, 1, _PIECE)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % _PIECE if x.shape[1] else _PIECE)))
+    pieces = x.reshape(x.shape[0], -1, 1, _PIECE)
     shape = (1, pieces.shape[1], WIDTH // _PIECE, 1)
     piece, place = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 2))
     here = (piece ^ place) & (WIDTH // _PIECE - 1) == 0
-    return jnp.sum(jnp.where(here, pieces, 0.0), 1).reshape(rows.shape[0], WIDTH)
+    return jnp.sum(jnp.where(here, pieces, 0.0), 1).reshape(x.shape[0], WIDTH)
 
 
 def is_small(x) -> bool:

@@ -128,7 +128,8 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     """The noise scale of a whole run, B over the mean SNR of its reports; each counts for the steps since the last one.
 
     Args:
-      history: a `History` of reports, made with or without a batch size. Those without an SNR are left out.
+      history: a `History` of reports, made with or without a batch size. Those whose SNR is not known, or has no
+        upper end, are left out.
       batch_size: B, the number of examples in a gradient.
       since: leave out reports up to this step.
 

@@ -6,7 +6,7 @@ more than it weighs.
 *Signal and noise of the gradient* are estimates, with an interval that holds the truth in 95 % of cases. Products of
 successive gradients, extrapolated to lag 0, give l, the share of the power A = |g|^2 that is signal (`_lags`), at any
 learning rate. The inner product of a gradient with the momentum before it gives L, the part of the signal that
-persists over the momentum's memory: it is at most the signal, and so a lower bound of it. Together
+persists over the momentum's memory: at most the signal, where gradients do not fall within that memory. Together
 
     snr = l / (1 - l)        between l - h and l + h, each as x / (1 - x); if the lags alone find no signal, l - h <= 0,
                              between max(l - h, .75 (L/A - 1.4 h_L)) and max(l, L/A, 0) + 1.5 h; at least the lower end,
@@ -71,7 +71,7 @@ class Sums:
     def add(self) -> "Sums":
         """One row for all. The errors of different rows count as independent, the floor is weighted by the noise."""
         total = {field.name: _known_sum(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        for key in ("persistent", "persistent_half", "share_sum", *OF_LAGS):
+        for key in ("persistent", "persistent_half", *OF_LAGS):
             total[key] = np.sum(getattr(self, key), keepdims=True)  # unknown for one leaf, unknown for all
         with np.errstate(divide="ignore", invalid="ignore"):
             total["floor_sq"] = _known_sum(self.floor_sq * self.noise_sq) / total["noise_sq"]
@@ -174,7 +174,8 @@ COLUMNS: dict[str, Column] = {
     "persistence_high": Column(lambda r: r.fieller(1), "The upper end of the 95 % interval of persistence."),
     "significant": Column(
         lambda r: r.sums.significant / r.sums.counted,
-        "The share of elements whose m^ noise alone would exceed in 5 % of cases: 0.05 is no signal.",
+        "The share of elements whose m^ noise alone would exceed in 5 % of cases: 0.05 is no signal. Not known where "
+        "more than a fifth of the gradients that come at all are 0.",
     ),
     "effective_step": Column(
         lambda r: np.sqrt(r.sums.update_sq / r.sums.size) / np.sqrt(r.sums.param_sq / r.sums.size),

@@ -241,7 +241,7 @@ def observe(
 
         if not step.observed:
             return out, state._replace(inner=inner, count=t)
-        on_gpu = functools.partial(inside, sums.in_one_reduction, lambda x, p, u: x)
+        on_gpu = functools.partial(inside, sums.at_once, lambda x, p, u: x)
         new, zero = jax.lax.platform_dependent(cpu=afterwards, cuda=on_gpu, default=inside)
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it

@@ -163,10 +163,8 @@ def _read(state: ObserveState) -> _Part:
         sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
         last.param_sq, *(x[:-1] for x in (means.gradient_sq, means.persistent, lasting**2, *of_lags)),
     )  # fmt: skip
-    own = {
-        "persistent": means.persistent,
-        "persistent_half": lasting**2,
-    }  # leaves share examples: the total has its own
+    # leaves share examples, so their errors are not independent: the total has its own
+    own = {"persistent": means.persistent, "persistent_half": lasting**2}
     own |= dict(zip(OF_LAGS, of_lags, strict=True))
     total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in own.items()})
     window = round(min(seen, WINDOW) * count / seen) if seen else 0
