@@ -221,7 +221,7 @@ def main(names) -> None:
                 f"{name:18} {rate:7.4f}  {np.mean([covers(r) for r in some]):5.2f}  "
                 f"{np.median(clear) if clear else np.nan:5.2f}  {1 - len(bound) / len(some):5.2f}  "
                 f"{len(false)} of {len(bound)}, at most {max(false, default=0):.2f}  "
-                f"{np.median([r.total['persistence'] for r in some]):.2f}",
+                f"{np.nanmedian([r.total['persistence'] for r in some]):.2f}",
                 flush=True,
             )
     bound = [row for row in every if row.total["snr_low"] <= 0]
