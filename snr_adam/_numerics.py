@@ -195,7 +195,8 @@ def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
-    return within(x, jnp.asarray(largest(x.dtype) * scale, x.dtype))
+    limit = largest(x.dtype) * scale
+    return within(x, np.asarray(limit, x.dtype) if isinstance(limit, float) else jnp.asarray(limit, x.dtype))
 
 
 def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:

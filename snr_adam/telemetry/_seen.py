@@ -3,6 +3,7 @@
 A new quantity is a row of `_averages.Last`, made here, and a column of `report`.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam import _tree
+from snr_adam import _compiler, _tree
 from snr_adam._bits import Seed
 from snr_adam._look import Seen
 from snr_adam._numerics import Average, abs_sq, widen
@@ -136,7 +137,7 @@ class Shown:
         second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
         return Memory(memory.weight, memory.square, *first, *second)
 
-    @property
+    @functools.cached_property
     def is_whole(self) -> np.ndarray:
         """Whether a column's sketches are the gradients themselves."""
         each = zip(self.seen, self.observed, strict=True)
@@ -144,21 +145,20 @@ class Shown:
             [[lags.is_whole(jax.eval_shape(seen.gradient), leaf.axis)] * leaf.size for seen, leaf in each]
         )
 
-    def in_the_step(self, seeds: list, take, tie):
+    def in_the_step(self, seeds: list, take, beside):
         """A and <m_{t-1}, g> from what the step began with, the square of the noise where it is no average, and the
         sketches.
 
-        seeds: of the signs of each leaf. take: how rows are summed. tie(x, p, u): x in a form that XLA takes into the
-        kernel which makes p + u.
+        seeds: of the signs of each leaf. take: how rows are summed. beside(p, u): what to make the sums beside, so that
+        XLA takes them into the kernel which makes p + u; None: nothing.
         """
         is_direct = any(seen.noise == "direct" for seen in self.seen)
 
         def of(seen, p, u, seed, axis):
-            g = seen.gradient()
-            found = [abs_sq(g), sums.inner(seen.before(), g)]
-            if is_direct:
-                found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
-            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
+            noise = seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32)
+            return _before(
+                seen.gradient(), seen.before(), [noise] if is_direct else [], seed, beside(p, u), axis=axis, take=take
+            )
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -181,14 +181,9 @@ class Shown:
     def after_the_step(self, seeds: list):
         """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with, and sketches."""
 
-        def of(seen, seed, leaf):
-            g, (m, v) = seen.gradient(), seen.after()
-            v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
-            xs = [abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, leaf.axis)]
-            return sums.rows(xs, leaf.axis)
-
         each = zip(self.seen, seeds, self.observed, strict=True)
-        (power, new, first, second), sketches = sums.joined([of(*one) for one in each])
+        found = [_after(seen.gradient(), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
+        (power, new, first, second), sketches = sums.joined(found)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
         return power, product, first, second, sketches
@@ -227,26 +222,46 @@ class Shown:
         least = averages.level(last.leak, newest) * self.weights(memory)[1] * factor
 
         def of(seen, leaf, p):
-            g, (m, v) = seen.gradient(), seen.after()
-            hits = counted = moving = jnp.zeros((), jnp.float32)
-            if v is not None and seen.first and seen.second:
-                shape = [1] * g.ndim
-                if leaf.axis is not None:
-                    shape[leaf.axis] = -1
-                v = jnp.broadcast_to(v, g.shape)
-                moving = v > 0
-                counted = (abs_sq(g) > 0) & moving
-                hits = counted & (abs_sq(m) > least[leaf.part].reshape(shape) * v)
-            p = None if p is None else widen(_tree.jax_array(p))
-            u = abs_sq(seen.update(p))
-            xs = [abs_sq(g), hits, counted, moving, u, jnp.nan if p is None else abs_sq(p), jnp.zeros(())]
-            return sums.rows([jnp.asarray(x) for x in xs], leaf.axis)
+            (m, v), p = seen.after(), None if p is None else widen(_tree.jax_array(p))
+            v = v if seen.first and seen.second else None
+            return _details(seen.gradient(), m, v, seen.update(p), p, least[leaf.part], axis=leaf.axis)
 
         each = zip(self.seen, self.observed, self.params, strict=True)
         (_, significant, counted, moving, update, param), _ = sums.joined([of(*one) for one in each])
         # an m whose newest gradient is not 0 is no fair sample where gradients mostly are
         known = jnp.where((counted > 0) & (counted > _DENSE * moving), 1.0, jnp.nan)
         return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
+def _before(g, m, noise: list, seed, y, *, axis, take):
+    """The sums over rows of |g|^2, <m, g>, the noise where there is one, and of g with signs.
+
+    y: what to make them beside, and the step, or None."""
+    found = [abs_sq(g), sums.inner(m, g), *noise, lags.signed(g, seed, axis)]
+    return sums.rows(found if y is None else [_compiler.beside(x, *y) for x in found], axis, take)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _after(g, m, v, seed, *, axis):
+    """The sums over rows of |g|^2, <m, g>, |m|^2, v and of g with signs."""
+    v = jnp.zeros((), jnp.float32) if v is None else v
+    return sums.rows([abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, axis)], axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _details(g, m, v, u, p, least, *, axis):
+    """The sums over rows of what `Shown.details` needs: the last, which has a sketch, is 0."""
+    hits = counted = moving = jnp.zeros((), jnp.float32)
+    if v is not None:
+        shape = [1] * g.ndim
+        if axis is not None:
+            shape[axis] = -1
+        moving = jnp.broadcast_to(v, g.shape) > 0
+        counted = (abs_sq(g) > 0) & moving
+        hits = counted & (abs_sq(m) > least.reshape(shape) * v)
+    param = jnp.float32(jnp.nan) if p is None else abs_sq(p)
+    return sums.rows([abs_sq(g), hits, counted, moving, abs_sq(u), param, jnp.float32(0)], axis)
 
 
 def _known():
