@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import re
-import shutil
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -118,7 +117,7 @@ def _index(found) -> str:
 
 
 def _part(x) -> str:
-    """A part with those of its numbers that are not what it would have by itself."""
+    """A part with those of its numbers that are not its defaults."""
     if inspect.isfunction(x):  # a descent for each parameter: those of a matrix and of a vector
         return ", ".join(dict.fromkeys(_part(each) for each in x([jnp.ones((2, 2)), jnp.ones(2)])))
     changed = [
@@ -181,8 +180,8 @@ def _family() -> str:
     lines = [
         "# The family",
         "",
-        "Every optimizer by name, as the parts that it hands to one step: `w := w - descent(signal / noise)`. Numbers are",
-        "shown where they are not what the part has by itself; bytes are those of the state per float32 parameter. This",
+        "Every optimizer by name, as the parts that it hands to one step, `w := w - descent(signal / noise)`. Numbers",
+        "are shown where they are not the part's own defaults; bytes are those of the state per float32 parameter. This",
         "table is made from the code, by building each optimizer.",
         "",
         "| optimizer | signal | noise | descent | bytes | from |",
@@ -232,8 +231,8 @@ def _errors() -> str:
     lines = [
         "# Errors",
         "",
-        "Every message that the package raises, by module. What stands in braces is filled in: the name of the argument or",
-        "the path of the leaf, and what was got. Search this page for the words that do not change.",
+        "Every message that the package raises, by module. What stands in braces is filled in: the name of the",
+        "argument or the path of the leaf, and what was got. Search this page for the words that do not change.",
         "",
     ]
     for file in sorted(root.rglob("*.py")):
