@@ -8,6 +8,7 @@ and an error in one of them stops it. The reference is written from the code, se
 
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,6 +17,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent / "examples"), os.environ.get("PYTHONPATH")]))
+
+# kernels of notebooks take no settings of whoever builds, and do not warn of how they are talked to
+KERNEL = Path(tempfile.mkdtemp(prefix="snr_adam_docs"), "profile_default", "ipython_kernel_config.py")
+KERNEL.parent.mkdir()
+KERNEL.write_text("c = get_config()\nc.IPKernelApp.log_level = 'ERROR'\n")
+os.environ["IPYTHONDIR"] = str(KERNEL.parent.parent)
 
 import reference  # noqa: E402
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 import snr_adam
 from snr_adam import transform
+from snr_adam.telemetry.columns import COLUMNS
 
 MODULES = {
     "snr_adam": "What training needs.",
@@ -181,8 +182,8 @@ def _family() -> str:
         "# The family",
         "",
         "Every optimizer by name, as the parts that it hands to one step, `w := w - descent(signal / noise)`. Numbers",
-        "are shown where they are not the part's own defaults; bytes are those of the state per float32 parameter. This",
-        "table is made from the code, by building each optimizer.",
+        "are shown where they are not the part's own defaults; bytes are those of the state per float32 parameter.",
+        "This table is made from the code, by building each optimizer.",
         "",
         "| optimizer | signal | noise | descent | bytes | from |",
         "|---|---|---|---|--:|---|",
@@ -245,6 +246,20 @@ def _errors() -> str:
     return "\n".join(lines)
 
 
+def _columns() -> str:
+    lines = [
+        "# Columns of a report",
+        "",
+        "The keys of `report.columns`, one number per layer, and of `report.total`; `metrics` calls them `snr/<name>`.",
+        "[Read the table](../../how_to/read_the_table.md) says what to do with those that are printed.",
+        "",
+        "| column | what it says |",
+        "|---|---|",
+    ]
+    lines += [f"| `{key}` | {_escape_table(column.says)} |" for key, column in COLUMNS.items()]
+    return "\n".join([*lines, ""])
+
+
 def _equations() -> str:
     lines = ["# Equations", "", "The parts by module, with the equations that they stand for.", ""]
     for name, title in EXPLAINED.items():
@@ -267,7 +282,8 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = pages()
     texts = {f"{page}.rst": _page(page) for names in found.values() for _, page in names}
-    texts |= {"names.md": _index(found), "family.md": _family(), "errors.md": _errors(), "equations.md": _equations()}
+    texts |= {"names.md": _index(found), "family.md": _family(), "columns.md": _columns()}
+    texts |= {"errors.md": _errors(), "equations.md": _equations()}
     for old in folder.iterdir():
         if old.name not in texts:
             old.unlink()
