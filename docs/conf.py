@@ -45,11 +45,13 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]  # no formulas in TeX: they need a script from the network
+highlight_language = "text"
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True
 nb_output_stderr = "remove-warn"
 
 autodoc_typehints = "none"
@@ -86,8 +88,7 @@ html_show_sourcelink = False
 html_theme_options = {
     "github_url": "https://github.com/snr-adam/snr_adam",
     "navbar_align": "left",
-    "show_toc_level": 2,
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": [],  # a printed report needs the room
     "footer_start": ["copyright"],
     "footer_end": [],
     "pygments_light_style": "a11y-light",

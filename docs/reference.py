@@ -113,8 +113,9 @@ def _index(found) -> str:
         module = module_of(name)
         lines += [f"| [`{key}`]({page}.rst) | {_summary(getattr(module, key))} |" for key, page in names]
         lines += [""]
-    every = dict.fromkeys(page for names in found.values() for _, page in names)
-    return "\n".join([*lines, "```{toctree}", ":hidden:", "", *every, "```", ""])
+    every = {page: key for names in found.values() for key, page in names}
+    entries = [f"{key} <{page}>" for page, key in every.items()]
+    return "\n".join([*lines, "```{toctree}", ":hidden:", "", *entries, "```", ""])
 
 
 def _part(x) -> str:
