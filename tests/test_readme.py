@@ -80,25 +80,6 @@ def test_the_code_of_a_page_runs(page, capsys):
             run(code, names, capsys)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # those of the clients are theirs
-@pytest.mark.parametrize("client", ["wandb", "mlflow", "tensorboardX", "trackio"])
-def test_a_tracker_takes_what_there_is_to_log(client, capsys, monkeypatch, tmp_path):
-    """The real client, offline, where it is installed: `uv run --with wandb --with mlflow --with trackio pytest`."""
-    pytest.importorskip(client)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    first, *others = FENCE.findall(PAGES["how_to/log_to_trackers.md"])
-    names: dict = {}
-    run(first, names, capsys)
-    (code,) = [code for code in others if CLIENTS.match(code)[1] == client]
-    exec(code, names)
-    assert any(tmp_path.rglob("*"))
-    if client == "mlflow":
-        (last,) = names["mlflow"].search_runs(output_format="list")
-        assert last.data.metrics == pytest.approx(names["every_layer"])
-
-
 SITE = "https://snr-adam.github.io/snr_adam/"
 FILES = "https://github.com/snr-adam/snr_adam/blob/main/"
 
