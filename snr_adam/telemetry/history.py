@@ -169,6 +169,11 @@ class History:
     def __str__(self) -> str:
         return str(self._drawn())
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a table."""
+        drawn = self._drawn()
+        return f"<p>{drawn}</p>" if isinstance(drawn, str) else drawn._repr_html_()
+
     def __rich_console__(self, console, options):
         """For `rich`: green while there is signal, red where the SNR is within 2 errors of none."""
         yield self._drawn()
