@@ -107,7 +107,7 @@ def test_going_on_from_an_older_step_replaces_what_came_after(again):
         (one(2, ("a", "c")), r"other layers \(new: c; gone: b\)"),
         (one(2, ("a", "b", "c"), noise=[1, 2, 3]), r"new: c\)"),
         (one(2, ("b", "a")), "another order: b, a was a, b"),
-        (one(2, signal=[1, 2]), r"other quantities \(new: signal; gone: noise\)"),
+        (one(2, signal=[1, 2]), r"other quantities \(gone: noise\)"),
         (
             SimpleNamespace(step=2, names=("a", "b"), columns={"noise": [1, 2]}, total={}),
             r"other totals \(gone: noise\)",

@@ -20,13 +20,14 @@ LAYERS = (
     {"telemetry._lags", "telemetry._outside", "telemetry.noise_scale"},
     {
         "telemetry._layers",
+        "telemetry._reading",
         "telemetry._seen",
         "telemetry._state",
         "telemetry._table",
         "telemetry.advice",
         "telemetry.columns",
     },
-    {"telemetry._matplotlib", "telemetry._reading", "telemetry.alarms", "telemetry.text"},
+    {"telemetry._matplotlib", "telemetry._writing", "telemetry.alarms", "telemetry.text"},
     {"telemetry.page"},
     {
         "accumulation",
