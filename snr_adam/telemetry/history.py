@@ -42,6 +42,9 @@ class Series(Mapping):
             raise KeyError(f"no quantity {key!r}; there are {', '.join(self._rows) or 'none yet'}")
         return np.array(self._rows[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 

@@ -81,6 +81,7 @@ def page(history, *, title: str, batch_size: float | None = None, refresh: float
         "says": {OVER_FLOOR: "The pseudo-SNR as a multiple of what pure noise shows."}
         | {key: COLUMNS[key].says for key in {*total, *kept} if key in COLUMNS},
         "over_floor": OVER_FLOOR,
+        "first": _FIRST,
         "layers": {key: _packed(layers[key][shown].T) for key in kept},
     }
     numbers = {"batch": batches[shown]}, {key: x[shown] for key, x in total.items() if key != "size"}
