@@ -28,7 +28,7 @@ LAYERS = (
         "telemetry.columns",
     },
     {"telemetry._matplotlib", "telemetry._writing", "telemetry.alarms", "telemetry.text"},
-    {"telemetry.page"},
+    {"telemetry._frame", "telemetry.page"},
     {
         "accumulation",
         "guard",

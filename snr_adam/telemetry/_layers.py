@@ -2,6 +2,7 @@
 
     network_order(names)       positions of names such that layers_2 comes before layers_10
     is_rounding(columns)       layers whose gradient is what float32's rounding leaves
+    mostly_rounding(history)   those of which this holds most of the time
 
 Apart from the rest because tables, plots, the page and alarms all ask the same two questions.
 """
@@ -77,3 +78,9 @@ def is_rounding(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     limit = ROUNDING * rms.max(-1, keepdims=True, initial=0)
     found = np.asarray(columns["snr_low"]) > 0 if "snr_low" in columns else False
     return (rms > 0) & (rms <= np.where(found, limit / 8, limit))
+
+
+def mostly_rounding(history) -> np.ndarray:
+    """Which layers of a history are rounding in more than half of its reports, a boolean array (L,)."""
+    found = is_rounding(history.columns)
+    return found.mean(0) > 0.5 if found.size else np.zeros(len(history.names), bool)

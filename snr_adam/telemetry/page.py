@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from snr_adam.telemetry._layers import is_rounding, network_order
+from snr_adam.telemetry._layers import mostly_rounding, network_order
 from snr_adam.telemetry.alarms import alarms
 from snr_adam.telemetry.columns import COLUMNS
 
@@ -65,7 +65,6 @@ def page(history, *, title: str, batch_size: float | None = None, refresh: float
     each = 8 / 3 * max(len(order), 1)
     shown = _spread(len(history.steps), int(min(MOST_REPORTS, max(ROOM / each, 2))))
     kept = sorted(layers, key=lambda key: (*_FIRST, key).index(key))[: max(int(ROOM / (each * len(shown) or 1)), 1)]
-    rounding = is_rounding(history.columns)
     batches = np.asarray(history.batch_size) if batch_size is None else np.full(len(history.steps), float(batch_size))
     data = {
         "title": title,
@@ -74,7 +73,7 @@ def page(history, *, title: str, batch_size: float | None = None, refresh: float
         "reports": len(history.steps),
         "steps": np.asarray(history.steps)[shown].tolist(),
         "names": [history.names[i] for i in order],
-        "rounding": np.flatnonzero(rounding.mean(0)[order] > 0.5).tolist() if rounding.size else [],
+        "rounding": np.flatnonzero(mostly_rounding(history)[order]).tolist(),
         "unit": "batches" if np.isnan(batches).all() else "examples",
         "alarms": [str(alarm) for alarm in found],
         "calm": "No alarm." if len(history.steps) >= 5 else "Too few reports for alarms.",
