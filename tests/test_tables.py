@@ -231,3 +231,53 @@ def test_what_cannot_be_drawn_says_why():
         over_time(1.0).sparklines(width=0)
     with pytest.raises(KeyError, match="there are none yet"):
         snr_adam.History().sparklines()
+
+
+def rounding_in_h10() -> Report:
+    """Layers of a tree that is flattened by name; the gradient of the last is rounding."""
+    (made,) = fake_reports(1, 3)
+    columns = made.columns | {"gradient_norm": np.array([1.0, 1e-9, 1.0]), "size": np.ones(3), "snr_low": np.ones(3)}
+    names = (f"h_1/{'attention/' * 9}kernel", "h_10/<b>&", "h_2")
+    return Report(1, names, columns, made.total)
+
+
+def test_printed_text_fits_100_columns_and_keeps_the_order_of_the_network():
+    shown = rounding_in_h10()
+    history = History([shown])
+    for printed in (str(shown), *(str(history.sparklines(key)) for key in ("snr", "noise_scale", "significant"))):
+        names = [line.split()[0] for line in printed.split("\n")[2:5]]
+        assert [name[:3] for name in names] == ["h_1", "h_2", "h_1"]
+        assert max(map(len, printed.split("\n"))) <= 100
+        assert "h_10/<b>& ~ " in printed
+        assert "~: the gradient is at the level of rounding" in printed.replace("\n", " ")
+    assert "~" not in str(seen())
+
+
+def test_a_legend_explains_the_columns_that_are_there():
+    shown = " ".join(str(seen()).split())
+    assert shown.endswith("no room for effective_step")
+    assert "effective_step:" not in shown
+    assert "floor: what pure noise shows" in shown
+    assert "effective_step: rms of the update" in " ".join(lines(numbers(seen()), 200))
+
+
+def test_notebooks_draw_a_table():
+    """With every column, and names as text."""
+    html = rounding_in_h10()._repr_html_()
+    assert [html.count(tag) for tag in ("<table>", "</table>", "<tr>", "</tr>", "<th ", "</th>")] == [
+        1,
+        1,
+        5,
+        5,
+        11,
+        11,
+    ]
+    assert html.count("<td ") == html.count("</td>") == 4 * 11
+    assert "h_10/&lt;b&gt;&amp; ~" in html
+    assert "<b>" not in html
+    assert "effective_step" in html
+    colored = over_time(*DECADES, np.nan, error=6.0)._repr_html_()
+    assert "<span style='color:green'>█▆</span><span style='color:red'>▃▁</span>" in colored
+    assert History()._repr_html_() == "<p>0 reports</p>"
+    plain = over_time(*DECADES).sparklines()._repr_html_()
+    assert plain.startswith("<table><caption style='text-align:left'>snr in 4 reports</caption>")

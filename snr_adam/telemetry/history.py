@@ -142,8 +142,8 @@ class History:
         step, names = int(report.step), tuple(report.names)
         if self._steps:
             _same("layers", self.names, names, step)
-            _same("quantities", tuple(self.columns), tuple(key for key in report.columns if key in self.columns), step)
-            _same("totals", tuple(self.total), tuple(key for key in report.total if key in self.total), step)
+            _same("quantities", tuple(self.columns), tuple(key for key in self.columns if key in report.columns), step)
+            _same("totals", tuple(self.total), tuple(key for key in self.total if key in report.total), step)
         for key, values in report.columns.items():
             if np.shape(values) != (len(names),):
                 raise ValueError(f"the report of step {step} has {np.shape(values)} of {key!r} for {len(names)} layers")
