@@ -18,8 +18,17 @@ LAYERS = (
     {"transform"},
     {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
     {"telemetry._lags", "telemetry._outside", "telemetry.noise_scale"},
-    {"telemetry._seen", "telemetry._state", "telemetry.columns"},
-    {"telemetry._matplotlib", "telemetry._reading", "telemetry.text"},
+    {
+        "telemetry._layers",
+        "telemetry._reading",
+        "telemetry._seen",
+        "telemetry._state",
+        "telemetry._table",
+        "telemetry.advice",
+        "telemetry.columns",
+    },
+    {"telemetry._matplotlib", "telemetry._writing", "telemetry.alarms", "telemetry.text"},
+    {"telemetry._frame", "telemetry.page"},
     {
         "accumulation",
         "guard",
@@ -34,7 +43,7 @@ LAYERS = (
         "telemetry.observe",
     },
     {"_presets", "state.forms", "telemetry.report"},
-    {"optimizers", "telemetry.advice", "telemetry.trackers", "variants"},
+    {"optimizers", "telemetry.trackers", "variants"},
     {"parts", "state", "telemetry"},
     {"__init__", "plan", "state.files", "telemetry.plots"},
 )
