@@ -11,7 +11,8 @@ the descent does with their ratio.
                adam_atan2, adamc, adamh, adams, bcos, cautious_adamw, laprop, mars, msvag, stable_adamw: Optax has none
     build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain; scale_by_adam: the
                former from Adam's numbers
-    protect    guard, health: skip steps that are not finite, clip the others; check_hyperparams: traced numbers too
+    protect    guard, health: skip steps that are not finite, clip the others; Spikes: skip or clip sudden large ones;
+               check_hyperparams: traced numbers too
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
     keep       from_optax, to_optax: go on with the state of another optimizer (snr_adam.state)
@@ -43,6 +44,7 @@ from snr_adam.optimizers import (
     yogi,
 )
 from snr_adam.precision import carry_remainder
+from snr_adam.spikes import Spikes
 from snr_adam.state import from_optax, to_optax
 from snr_adam.telemetry import History, metrics, observe, report
 from snr_adam.transform import descend, scale_by_snr
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "History",
+    "Spikes",
     "accumulate",
     "adabelief",
     "adam",

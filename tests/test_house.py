@@ -12,7 +12,7 @@ PACKAGE = "snr_adam"
 LAYERS = (
     {"_checks", "_compiler", "_contracts", "_derivatives", "_recipe", "_state", "_tree"},
     {"_bits", "_given", "_numerics"},
-    {"descent", "noise", "shared", "signal", "storage"},
+    {"_norm", "descent", "noise", "shared", "signal", "spikes", "storage"},
     {"_per_leaf", "deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
