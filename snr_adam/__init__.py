@@ -14,6 +14,7 @@ the descent does with their ratio.
     protect    guard, health: skip steps that are not finite, clip the others; Spikes: skip or clip sudden large ones;
                check_hyperparams: traced numbers too
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
+               averaged, averaged_params: a moving average of the weights, to evaluate with
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
     keep       from_optax, to_optax: go on with the state of another optimizer (snr_adam.state)
 """
@@ -23,6 +24,7 @@ from snr_adam import state as state
 from snr_adam import telemetry as telemetry
 from snr_adam._checks import check_hyperparams
 from snr_adam.accumulation import accumulate
+from snr_adam.averaging import averaged, averaged_params
 from snr_adam.guard import guard, health
 from snr_adam.optimizers import (
     adabelief,
@@ -79,6 +81,8 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "averaged",
+    "averaged_params",
     "bcos",
     "carry_remainder",
     "cautious_adamw",
@@ -114,6 +118,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("round_stochastically", "whole_weights", "CarryRemainderState"), "snr_adam.precision"),
     **dict.fromkeys(("apply_accumulated", "AccumulateState"), "snr_adam.accumulation"),
     **dict.fromkeys(("GuardState", "Health"), "snr_adam.guard"),
+    "AveragedState": "snr_adam.averaging",
     "ScaleBySnrState": "snr_adam.transform",
     "plots": "snr_adam.telemetry",
     "files": "snr_adam.state",

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from snr_adam import _tree
 from snr_adam._checks import check_fields, check_scalar, check_whole
 from snr_adam._derivatives import sqrt
-from snr_adam._numerics import decay_at
+from snr_adam._numerics import corrected_gain, decay_at
 
 _LEAST = 0.02  # a spread under 2 % counts as 2 %: of gradients that are all alike every change would be a spike
 
@@ -103,8 +103,8 @@ class Spikes:
         first = usual.seen == 0
         away = jnp.where(first, away, jnp.clip(away, -reach, reach))
         seen = usual.seen + there
-        decay = decay_at(self.decay, jnp.maximum(seen, 1), jnp.float32)
-        gain = jnp.where(seen == 1, 1.0, decay.gain * decay.debias)
+        n = jnp.maximum(seen, 1)
+        gain = corrected_gain(decay_at(self.decay, n, jnp.float32), n, jnp.float32)
         mean = usual.mean + gain * away
         variance = (1.0 - gain) * (usual.variance + gain * away * away)
         after = Usual(seen, *(jnp.where(there, x, y) for x, y in ((mean, usual.mean), (variance, usual.variance))))

@@ -22,6 +22,7 @@ LAYERS = (
     {"telemetry._matplotlib", "telemetry._reading", "telemetry.text"},
     {
         "accumulation",
+        "averaging",
         "guard",
         "precision",
         "state._savers",
