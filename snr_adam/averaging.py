@@ -40,6 +40,12 @@ class AveragedState(NamedTuple):
     inner: Any
 
 
+def unused_average(state: AveragedState) -> AveragedState:
+    """An average around the same inner state that has seen nothing yet."""
+    zeros = jax.tree.map(jnp.zeros_like, state._replace(inner=()))
+    return zeros._replace(inner=state.inner, gain=zeros.gain + 1)
+
+
 @with_recipe
 def averaged(tx: optax.GradientTransformation, decay: Hyper = 0.999) -> optax.GradientTransformationExtraArgs:
     """Keeps a moving average of the parameters beside any optimizer; `averaged_params` reads it.

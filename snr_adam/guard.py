@@ -57,10 +57,10 @@ class GuardState(NamedTuple):
     usual: Any
 
 
-def unused(state: GuardState) -> GuardState:
+def unused_guard(state: GuardState) -> GuardState:
     """A guard around the same inner state that has seen nothing yet."""
-    zeros = GuardState(state.inner, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state[1:]))
-    return zeros._replace(last_bad=zeros.last_bad - 1)
+    zeros = jax.tree.map(jnp.zeros_like, state._replace(inner=()))
+    return zeros._replace(inner=state.inner, last_bad=zeros.last_bad - 1)
 
 
 def _scale(norm, *limits):

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from snr_adam._moments import find
 from snr_adam._numerics import abs_sq
-from snr_adam._tree import flatten
-from snr_adam.guard import GuardState, unused
+from snr_adam._tree import flatten, is_abstract
+from snr_adam.guard import GuardState, unused_guard
 from snr_adam.telemetry._averages import Last, Means, Memory
 from snr_adam.telemetry._state import ObserveState, blank_of
 
@@ -137,7 +137,7 @@ def renewed(state, like):
             return node
         inner = renewed(node.inner, here.inner)
         if isinstance(node, _Guarded):
-            return placed(unused(here)._replace(**node._replace(inner=inner)._asdict()), here)
+            return placed(unused_guard(here)._replace(**node._replace(inner=inner)._asdict()), here)
         if isinstance(node, ObserveState):
             return node._replace(inner=inner)
         size = node.axis.shape[0]
@@ -159,6 +159,20 @@ def renewed(state, like):
         return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), own, to)._replace(inner=state.inner)
 
     return jax.tree.map(new, state, like, is_leaf=_is_wrapper)
+
+
+def joined(state: ObserveState) -> ObserveState:
+    """The state of an `observe` that begins in the middle of its optimizer's run, and knows only the moments."""
+    if any(map(is_abstract, jax.tree.leaves(state.axis))):
+        raise ValueError(
+            "what an `observe` shows by layer is not known from shapes alone: give as `like` what its `init` returns"
+        )
+    size = state.axis.shape[0]
+    zero = jnp.zeros(size, jnp.float32)
+    counts = [node.count for node in jax.tree.leaves(state.inner, is_leaf=_has_mu) if _has_mu(node)]
+    fresh = blank_of(state)
+    count = jnp.array(counts[0], copy=True) if counts else fresh.count
+    return fresh._replace(count=count, memory=jnp.stack(Memory(zero, zero, *_sums(state.inner, size))))
 
 
 def _sums(inner, size: int):
