@@ -1,6 +1,6 @@
 """PyTorch's Adam goes on here, and a run from here in PyTorch: the state bit for bit, the steps to rounding.
 
-The tests that train with PyTorch need it and are skipped without it: `uv run --with torch pytest -m slow
+The tests that train with PyTorch need it and are skipped without it: `uv run --group torch pytest -m slow
 tests/test_pytorch.py`. The others have its state as plain arrays.
 """
 
