@@ -158,7 +158,7 @@ class Shown:
             found = [abs_sq(g), sums.inner(seen.before(), g)]
             if is_direct:
                 found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
-            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
+            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(_new(seen), seed, axis))], axis, take)
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -184,7 +184,7 @@ class Shown:
         def of(seen, seed, leaf):
             g, (m, v) = seen.gradient(), seen.after()
             v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
-            xs = [abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, leaf.axis)]
+            xs = [abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(_new(seen), seed, leaf.axis)]
             return sums.rows(xs, leaf.axis)
 
         each = zip(self.seen, seeds, self.observed, strict=True)
@@ -199,12 +199,13 @@ class Shown:
         (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
         own = self.field(self.firsts, "debias")
         debias = jnp.where(own > 0, own, 1 / weight)
-        rho = debias * debias * square
+        alone = self.row([float("nan") if seen.repeats else 1.0 for seen in self.seen])
+        rho = alone * debias * debias * square
         noise = jnp.where(self.of_kind("none"), power, self.row(self._factors()) * second)
         floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
         unknown = jnp.full_like(power, jnp.nan)
         last = Last(debias * debias * first, noise, rho, floor, leak, gain * debias, *(unknown,) * 4)
-        return last, product / jnp.where(old > 0, old, 1.0)
+        return last, alone * product / jnp.where(old > 0, old, 1.0)
 
     def _factors(self) -> list:
         """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
@@ -229,7 +230,7 @@ class Shown:
         def of(seen, leaf, p):
             g, (m, v) = seen.gradient(), seen.after()
             hits = counted = moving = jnp.zeros((), jnp.float32)
-            if v is not None and seen.first and seen.second:
+            if v is not None and seen.first and seen.second and not seen.repeats:
                 shape = [1] * g.ndim
                 if leaf.axis is not None:
                     shape[leaf.axis] = -1
@@ -247,6 +248,11 @@ class Shown:
         # an m whose newest gradient is not 0 is no fair sample where gradients mostly are
         known = jnp.where((counted > 0) & (counted > _DENSE * moving), 1.0, jnp.nan)
         return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
+
+
+def _new(seen):
+    """The gradient whose noise no other step's has: what the moment sees, or what that was made of."""
+    return seen.given() if seen.repeats else seen.gradient()
 
 
 def _known():
