@@ -69,9 +69,12 @@ def train(work, goal: Goal, setting, seeds: int, history=False, between=512) -> 
         carry = jax.lax.fori_loop(first, first + stride, functools.partial(step, key=key), carry)
         return carry, loss_of(carry[0], *work.data)
 
+    def begin(key):
+        params = work.init(key)
+        return (params, tx.init(params)), loss_of(params, *work.data)
+
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    params = jax.vmap(work.init)(keys)
-    carry, loss = (params, jax.vmap(tx.init)(params)), jax.vmap(lambda params: loss_of(params, *work.data))(params)
+    carry, loss = jax.jit(jax.vmap(begin))(keys)
     losses, histories, done = [np.asarray(loss, float)], [snr_adam.History() for _ in keys], np.zeros(seeds, bool)
     while not done.all() and len(losses) * stride * setting.batch_size < goal.most:
         carry, loss = go_on(carry, keys, (len(losses) - 1) * stride)

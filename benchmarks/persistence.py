@@ -5,7 +5,7 @@
 
 Two networks and a noisy quadratic of `tests/brute_force.py` are trained by Adam at four rates from three starts. At
 some steps of each run, `report` gives the interval of persistence, and the run goes on in branches of 100 steps: three
-rates times 24 sequences of batches. A rate is better if the loss over all examples is lower at the end, in pairs of the
+rates times 12 sequences of batches. A rate is better if the loss over all examples is lower at the end, in pairs of the
 same batches, with a 95 % confidence interval below 0. And the loss falls, at the rate as it is, if it does so from the
 middle of the branches to their end.
 
@@ -33,7 +33,7 @@ import brute_force
 NETWORKS = ("convolutional", "mlp, wrong labels")
 WORKLOADS = (*NETWORKS, "quadratic")  # there, noise never vanishes
 FACTORS = (1.0, 0.5, 2.0)
-BATCH, LOOKS, AHEAD, SEEDS, REPEATS = 32, (60, 120, 240, 480, 960), 100, 3, 24
+BATCH, LOOKS, AHEAD, SEEDS, REPEATS = 32, (60, 120, 240, 480, 960), 100, 3, 12
 
 
 def total(work, params):
@@ -82,7 +82,7 @@ def measure(name: str, seeds: int, looks: tuple, ahead: int, repeats: int) -> li
 
     branches = jax.jit(jax.vmap(jax.vmap(branch, (None, None, None, 0)), (0, 0, 0, None)))
     go_on = jax.jit(jax.vmap(go_on, (0, 0, 0, None, None)))
-    carry, rows = jax.vmap(begin)(rates, keys), []
+    carry, rows = jax.jit(jax.vmap(begin))(rates, keys), []
     for first, last in itertools.pairwise((0, *looks)):
         carry = go_on(rates, keys, carry, first, last)
         losses = np.asarray(branches(rates, keys, carry, 1 + jnp.arange(repeats)), float)
