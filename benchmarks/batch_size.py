@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import persistence
 from common import RESULTS, markdown, save
 from scipy.stats import t as student
 
@@ -166,11 +167,13 @@ def tables(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def render(text: str, rows: list[dict]) -> str:
-    """The page with these tables between its marks."""
-    head, rest = text.split("<!-- tables -->\n")
-    _, tail = rest.split("<!-- end of tables -->")
-    return f"{head}<!-- tables -->\n\n{tables(rows)}\n\n<!-- end of tables -->{tail}"
+def render(text: str, rows: list[dict], states: list[dict]) -> str:
+    """The page with these tables, and that of `persistence.py`, between its marks."""
+    for mark, shown in (("batches", tables(rows)), ("learning rates", persistence.table(states))):
+        head, rest = text.split(f"<!-- {mark} -->\n")
+        _, tail = rest.split(f"<!-- end of {mark} -->")
+        text = f"{head}<!-- {mark} -->\n\n{shown}\n\n<!-- end of {mark} -->{tail}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "batch_size.json")
     options = parser.parse_args(arguments)
     if options.docs:
-        DOCS.write_text(render(DOCS.read_text(), json.loads(options.json.read_text())["rows"]))
+        both = (json.loads(path.read_text())["rows"] for path in (options.json, RESULTS / "persistence.json"))
+        DOCS.write_text(render(DOCS.read_text(), *both))
         return
     if options.quick:
         print(tables(measure("mlp, wrong labels", Goal(2e-3, 2.0), (64, 256), 2)))

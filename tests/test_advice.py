@@ -99,7 +99,7 @@ def test_without_an_upper_end_as_many_steps_as_the_batch_is_larger_may_be_saved(
     assert advice.examples_interval == pytest.approx((1, 8 * (1 + 400 / 256) / (1 + 400 / 32)))
 
 
-NOT_TOO_LARGE = "The learning rate is not too large"
+NOT_TOO_LARGE = "The learning rate is not too large while the loss falls"
 IN_BALANCE = (
     "A larger learning rate is unlikely to help; a lower one, or a\ndecay, helps if the loss has stopped falling"
 )
@@ -121,7 +121,7 @@ IN_BALANCE = (
     ],
 )
 def test_of_the_learning_rate_only_what_experiments_bear_out_is_said(persistence, said, batch_size):
-    """Above .1 that it is not too large, below .1 that a larger one is unlikely to help, else nothing."""
+    """Above .1 not too large while the loss falls, below .1 that a larger one is unlikely to help, else nothing."""
     advice = advise(measured(96.0), batch_size, 1e-3, persistence=persistence)
     text = str(advice)
     assert advice.advised.batch_size == (128 if batch_size == 32 else 96)

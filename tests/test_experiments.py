@@ -49,7 +49,7 @@ def batch_size_of(rows, row) -> dict:
 
 def test_the_docs_show_the_results():
     page = batch_size.DOCS.read_text()
-    assert batch_size.render(page, results("batch_size")) == page, "run benchmarks/batch_size.py --docs"
+    assert batch_size.render(page, results("batch_size"), results("persistence")) == page, "run batch_size.py --docs"
 
 
 def test_a_rate_is_better_if_a_t_test_says_so():
@@ -82,6 +82,29 @@ def test_states_are_sorted_by_what_advise_says_of_them():
         ["two networks", "not known", "1", "0%", "0%", "100%"],
         ["quadratic", "above .1, loss falls", "1", "0%", "100%", "0%"],
     ]
+
+
+def test_what_advise_says_of_the_learning_rate_is_borne_out():
+    """Not too large while the loss falls; or a larger one unlikely to help, and a lower one does at a standstill."""
+    said: dict = {}
+    for row in results("persistence"):
+        ends = [np.nan if row[f"persistence_{end}"] is None else row[f"persistence_{end}"] for end in ("low", "high")]
+        advice = advise(NoiseScale(96.0, 10.0, 80.0, 120.0, "given"), 32, 1e-3, persistence=ends)
+        said.setdefault(advice.learning_rate.split(".")[0], []).append(row)
+    fine, steep = (
+        said[key]
+        for key in (
+            "The learning rate is not too large while the loss falls: gradients agree over the memory of m",
+            "Steep directions are in balance with the noise",
+        )
+    )
+    assert {row["workload"] for row in fine} == {row["workload"] for row in steep} == set(persistence.WORKLOADS)
+    falling, standing = [row for row in fine if row["falls"]], [row for row in steep if not row["falls"]]
+    assert len(falling) > 50
+    assert len(standing) > 15
+    assert np.mean([row["half"] for row in falling]) < 0.05
+    assert np.mean([row["twice"] for row in steep]) < 0.15
+    assert np.mean([row["half"] for row in standing]) > 0.9
 
 
 @pytest.mark.slow

@@ -30,8 +30,9 @@ import numpy as np
 
 from snr_adam.telemetry.noise_scale import NoiseScale
 
+# each held against branches of runs at half and twice the rate: `benchmarks/persistence.py`, `docs/batch_size.md`
 _NOT_TOO_LARGE, _IN_BALANCE = (
-    "The learning rate is not too large: gradients agree over the memory of m.",
+    "The learning rate is not too large while the loss falls: gradients agree over the memory of m.",
     "Steep directions are in balance with the noise. A larger learning rate is unlikely to help; a lower one, or a\n"
     "decay, helps if the loss has stopped falling.",
 )
@@ -199,8 +200,8 @@ def advise(
       b2: the decay of the noise's moving average now.
       largest: the largest batch that is possible, if there is one.
       persistence: the ends of the interval of `persistence` in a report, (low, high), for a sentence about the learning
-        rate where experiments bear one out: above 0.1 that it is not too large, below 0.1 that a larger one is unlikely
-        to help.
+        rate where experiments bear one out: above 0.1 that it is not too large while the loss falls, below 0.1
+        that a larger one is unlikely to help.
 
     Returns:
       An `Advice`. Print it.

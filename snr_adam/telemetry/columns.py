@@ -173,7 +173,7 @@ COLUMNS: dict[str, Column] = {
     "persistence": Column(
         lambda r: np.where(np.isnan(r.fieller(1)), np.nan, r.lasting / r.share),
         "The share of the signal that gradients agree on over the memory of m. Above 0.1, the learning rate is not too "
-        "large; near 0, steep directions are in balance with the noise.",
+        "large while the loss falls; near 0, steep directions are in balance with the noise.",
     ),
     "persistence_low": Column(lambda r: r.fieller(-1), "The lower end of the 95 % interval of persistence."),
     "persistence_high": Column(lambda r: r.fieller(1), "The upper end of the 95 % interval of persistence."),
