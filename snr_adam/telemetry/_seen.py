@@ -156,9 +156,8 @@ class Shown:
 
         def of(seen, p, u, seed, axis):
             noise = seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32)
-            return _before(
-                seen.gradient(), seen.before(), [noise] if is_direct else [], seed, beside(p, u), axis=axis, take=take
-            )
+            given = seen.gradient(), _new(seen), seen.before(), [noise] if is_direct else [], seed, beside(p, u)
+            return _before(*given, axis=axis, take=take)
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -182,7 +181,7 @@ class Shown:
         """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with, and sketches."""
 
         each = zip(self.seen, seeds, self.observed, strict=True)
-        found = [_after(seen.gradient(), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
+        found = [_after(seen.gradient(), _new(seen), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
         (power, new, first, second), sketches = sums.joined(found)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
@@ -194,12 +193,13 @@ class Shown:
         (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
         own = self.field(self.firsts, "debias")
         debias = jnp.where(own > 0, own, 1 / weight)
-        rho = debias * debias * square
+        alone = self.row([float("nan") if seen.repeats else 1.0 for seen in self.seen])
+        rho = alone * debias * debias * square
         noise = jnp.where(self.of_kind("none"), power, self.row(self._factors()) * second)
         floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
         unknown = jnp.full_like(power, jnp.nan)
         last = Last(debias * debias * first, noise, rho, floor, leak, gain * debias, *(unknown,) * 4)
-        return last, product / jnp.where(old > 0, old, 1.0)
+        return last, alone * product / jnp.where(old > 0, old, 1.0)
 
     def _factors(self) -> list:
         """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
@@ -223,7 +223,7 @@ class Shown:
 
         def of(seen, leaf, p):
             (m, v), p = seen.after(), None if p is None else widen(_tree.jax_array(p))
-            v = v if seen.first and seen.second else None
+            v = v if seen.first and seen.second and not seen.repeats else None
             return _details(seen.gradient(), m, v, seen.update(p), p, least[leaf.part], axis=leaf.axis)
 
         each = zip(self.seen, self.observed, self.params, strict=True)
@@ -234,19 +234,20 @@ class Shown:
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
-def _before(g, m, noise: list, seed, y, *, axis, take):
-    """The sums over rows of |g|^2, <m, g>, the noise where there is one, and of g with signs.
+def _before(g, x, m, noise: list, seed, y, *, axis, take):
+    """The sums over rows of |g|^2, <m, g>, the noise where there is one, and of x, or g, with signs.
 
     y: what to make them beside, and the step, or None."""
-    found = [abs_sq(g), sums.inner(m, g), *noise, lags.signed(g, seed, axis)]
+    found = [abs_sq(g), sums.inner(m, g), *noise, lags.signed(g if x is None else x, seed, axis)]
     return sums.rows(found if y is None else [_compiler.beside(x, *y) for x in found], axis, take)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def _after(g, m, v, seed, *, axis):
-    """The sums over rows of |g|^2, <m, g>, |m|^2, v and of g with signs."""
+def _after(g, x, m, v, seed, *, axis):
+    """The sums over rows of |g|^2, <m, g>, |m|^2, v and of x, or g, with signs."""
     v = jnp.zeros((), jnp.float32) if v is None else v
-    return sums.rows([abs_sq(g), sums.inner(m, g), abs_sq(m), v, lags.signed(g, seed, axis)], axis)
+    x = lags.signed(g if x is None else x, seed, axis)
+    return sums.rows([abs_sq(g), sums.inner(m, g), abs_sq(m), v, x], axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -262,6 +263,11 @@ def _details(g, m, v, u, p, least, *, axis):
         hits = counted & (abs_sq(m) > least.reshape(shape) * v)
     param = jnp.float32(jnp.nan) if p is None else abs_sq(p)
     return sums.rows([abs_sq(g), hits, counted, moving, abs_sq(u), param, jnp.float32(0)], axis)
+
+
+def _new(seen):
+    """The gradient whose noise no other step's has, where it is not what the moment sees: what that was made of."""
+    return seen.given() if seen.repeats else None
 
 
 def _known():
