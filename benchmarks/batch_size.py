@@ -2,7 +2,7 @@
 
     python benchmarks/batch_size.py            prints tables, writes benchmarks/results/batch_size.json; minutes
     python benchmarks/batch_size.py --quick    a smaller one of it, in seconds
-    python benchmarks/batch_size.py --docs     writes the tables of the results into docs/batch_size.md
+    python benchmarks/batch_size.py --docs     writes the tables of the results into docs/explanation/batch_size.md
 
 A network is trained in batches of 64 and observed until its loss over all examples has come down to a target.
 `advise(over_run(history, 64), ...)` then says how many times the steps another batch size takes, with an interval. The
@@ -31,7 +31,7 @@ from snr_adam.telemetry.advice import Advice, advise, over_run
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import brute_force
 
-DOCS = Path(__file__).parent.parent / "docs" / "batch_size.md"
+DOCS = Path(__file__).parent.parent / "docs" / "explanation" / "batch_size.md"
 BATCH, BATCHES, SEEDS, REPORTS = 64, (8, 16, 32, 64, 128, 256, 512), 6, 16
 
 
