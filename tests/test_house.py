@@ -46,7 +46,7 @@ LAYERS = (
     {"optimizers", "state.migration", "state.resizing", "telemetry.trackers", "variants"},
     {"state.pytorch"},
     {"parts", "state", "telemetry"},
-    {"__init__", "plan", "state.files", "telemetry.plots"},
+    {"__init__", "measure", "plan", "state.files", "telemetry.plots"},
 )
 LAYER = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 THIRD_PARTY = {"numpy", "jax", "optax"}

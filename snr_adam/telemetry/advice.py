@@ -30,7 +30,7 @@ import numpy as np
 
 from snr_adam.telemetry.noise_scale import NoiseScale
 
-# each held against branches of runs at half and twice the rate: `benchmarks/persistence.py`, `docs/explanation/batch_size.md`
+# each held against branches of runs at half and twice the rate, `benchmarks/persistence.py`
 _NOT_TOO_LARGE, _IN_BALANCE = (
     "The learning rate is not too large while the loss falls: gradients agree over the memory of m.",
     "Steep directions are in balance with the noise. A larger learning rate is unlikely to help; a lower one, or a\n"
