@@ -163,8 +163,8 @@ def told(result: Result) -> str:
     held_out, tenth = result.held_out, max(len(result.held_out) // 10, 1)
     snr, floor = (np.array([report.total[key] for report in result.reports]) for key in ("pseudo_snr", "floor"))
     return (
-        f"Loss on held-out digits: {held_out[0]:.3f} after the first epoch, {held_out[:tenth].min():.3f} at best in the "
-        f"first tenth of the updates,\n{held_out[-tenth:].mean():.3f} on average in the last tenth.\n"
+        f"Loss on held-out digits: {held_out[0]:.3f} after the first epoch, {held_out[:tenth].min():.3f} at best in "
+        f"the first tenth of the updates,\n{held_out[-tenth:].mean():.3f} on average in the last tenth.\n"
         f"SNR: at or below the floor of pure noise, {floor[-1]:.2f}, after {(snr <= floor).sum()} of {len(snr)} epochs."
     )
 
