@@ -175,10 +175,8 @@ def signal_and_noise():
     """One weight's gradient over time, and the noise of a mini-batch against its size."""
     seen, one = recording(), clear_weight()
     each = np.asarray(each_gradient(by.start, by.labels))
-    draw, sizes = np.random.default_rng(1), 2 ** np.arange(2, 10)
-    samples = [
-        draw.multinomial(n, np.full(len(each), 1 / len(each)), 100) @ each / n for n in sizes
-    ]  # 100 mini-batches
+    sizes, draw, alike = 2 ** np.arange(2, 10), np.random.default_rng(1), np.full(len(each), 1 / len(each))
+    samples = [draw.multinomial(n, alike, 100) @ each / n for n in sizes]  # 100 mini-batches of each size
     measured = np.array([np.sqrt(np.square(size(sample - each.mean(axis=0))).mean()) for sample in samples])
     predicted = size(each.std(axis=0)) / np.sqrt(sizes)
 
@@ -399,10 +397,9 @@ def below_the_floor():
     given, honest = numbers["given"], numbers["right"]
     says = (
         f"Here Adam itself trains, at rate {rate}. With wrong labels the SNR ends at {given['snr']:.2f}, below its "
-        f"floor of {FLOOR:.2f}: gradients turn round, because each one answers the steps before it (<m, next g> is "
-        f"{given['turn']:.3f} of |g|²; that explains {given['expected']:.2f}). With right labels it ends at "
-        f"{honest['snr']:.2f}: besides, the noise falls, and v still remembers {honest['longer']:.2f} times as much "
-        f"(the two explain {honest['expected']:.2f})."
+        f"floor of {FLOOR:.2f}: the product of m and the next gradient is {given['turn']:.3f} of |g|², which predicts "
+        f"{given['expected']:.2f}. With right labels it ends at {honest['snr']:.2f}: besides, v still remembers a "
+        f"noise {honest['longer']:.2f} times as large as now, and the two predict {honest['expected']:.2f}."
     )
     return figure, says, numbers
 
@@ -676,7 +673,7 @@ def note():
             "descent_shakes",
             f"{of['descent_shakes']['shaking']:.4f} an update; true gradients {of['descent_shakes']['smooth']:.4f}",
         ),
-        "Adam's update is a ratio: w := w - alpha SNR, SNR = m_hat / (sqrt(v_hat) + eps).": (
+        "Adam's update is a ratio: `w := w - alpha SNR`, `SNR = m_hat / (sqrt(v_hat) + eps)`.": (
             "units",
             f"these lines and `snr_adam.adam` are within {of['units']['difference']:.1e} learning rates",
         ),
