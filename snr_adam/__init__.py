@@ -16,7 +16,7 @@ the descent does with their ratio.
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
                averaged, averaged_params: a moving average of the weights, to evaluate with
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
-    keep       from_optax, to_optax: go on with the state of another optimizer (snr_adam.state)
+    keep       from_optax, to_optax: go on with the state of another optimizer; in snr_adam.state: from_torch, ...
 """
 
 from snr_adam import parts as parts
