@@ -165,6 +165,16 @@ def test_where_no_signal_was_found_it_counts_from_none():
     assert str(none) == ">= 25"
 
 
+def test_a_report_without_an_upper_end_counts_as_far_up_as_down():
+    """As a ratio: 0.4 from 0.2 on is 0.4 up to 0.8. One of which neither end is known does not count."""
+    known = (10, 0.2, 0.02, 0.16, 0.25)
+    history = run_of(
+        known, (20, 0.4, np.inf, 0.2, np.inf), (40, 0.4, np.inf, -0.1, np.inf), (50, np.inf, *3 * (np.nan,))
+    )
+    found = over_run(history, 32)
+    assert found[:4] == pytest.approx((32 / 0.3, 32 / 0.3 * (0.02 + 0.4 / 1.96) / 0.6, 2 * 32 / 1.05, 2 * 32 / 0.36))
+
+
 @pytest.mark.parametrize(
     "history",
     [History(), run_of((2, *(np.nan,) * 4)), run_of((2, 0.1, 0.1, 0.1, 0.1))],
