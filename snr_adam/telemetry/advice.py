@@ -140,8 +140,8 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     B (1 - l) / l,   l = mean of SNR / (1 + SNR)
 
     At each moment batches of B' take (1 + B_simple / B') / (1 + B_simple / B) = l + (1 - l) B / B' times as many steps.
-    That is linear in l, the share of the gradient's power that is signal. So over a run it is the mean of l that counts:
-    where the SNR is small, B over the mean SNR, a harmonic mean of noise scales.
+    That is linear in l, the share of the gradient's power that is signal. So over a run the mean of l counts: where the
+    SNR is small, B over the mean SNR, a harmonic mean of noise scales.
 
     Args:
       history: a `History` of reports, made with or without a batch size. Those whose SNR is not known are left out.
