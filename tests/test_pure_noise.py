@@ -43,8 +43,8 @@ def seen(tx, layers: int, spoiled: int = 0) -> snr_adam.telemetry.Report:
     return snr_adam.report(run(params, steps))
 
 
-def check(tx, layers: int, spoiled: int = 0) -> None:
-    """Signal found in at most 4 %, to chance; 5 +- 1 % significant, or not known."""
+def check(tx, layers: int, spoiled: int = 0, most: float = 0.04) -> None:
+    """Signal found in at most 4 %; 5 +- 1 % significant, or not known."""
     made = seen(tx, layers, spoiled)
     made_of = tuple(gradients(layers))
     significant = made.group({name: f"^{name}" for name in made_of})
@@ -54,7 +54,7 @@ def check(tx, layers: int, spoiled: int = 0) -> None:
         assert np.sum(of) == layers
         low = made.columns["snr_low"][of]
         found = np.mean(low > 0)  # of nan, nothing is found
-        assert found <= 0.04 + 2 * (0.04 * 0.96 / layers) ** 0.5, (name, found)
+        assert found <= most, (name, found)
         assert not np.isfinite(share) or abs(share - 0.05) < 0.01, (name, share)
 
 
@@ -77,7 +77,7 @@ VARIED = {
 
 @pytest.mark.parametrize("name", FEW)
 def test_no_signal_is_found_in_noise(name):
-    check(observed(ALL[name](1e-3)), 200)
+    check(observed(ALL[name](1e-3)), 200, most=0.06)  # there are few
 
 
 @pytest.mark.slow

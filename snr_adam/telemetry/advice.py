@@ -19,8 +19,8 @@ Learning rate and decays are not independent settings; they scale with the batch
 
 Both rules are local, so one goes from batch to batch in steps, and measures again.
 
-B_simple grows while a model learns, often tenfold and more. The number to put in is that of the whole run: B over the
-mean SNR, a harmonic mean (`over_run`), which fits McCandlish's curve where single values of the run do not.
+B_simple grows while a model learns, often tenfold and more. The number to put in is that of the whole run, from the
+mean share of signal in its gradients (`over_run`): what it says of the steps is the mean of what the run's moments do.
 """
 
 import math
@@ -135,11 +135,16 @@ class Advice(NamedTuple):
 
 
 def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
-    """The noise scale of a whole run, B over the mean SNR of its reports; each counts for the steps since the last one.
+    """The noise scale of a whole run, from the mean share of signal in its reports; each counts for its steps.
+
+    B (1 - l) / l,   l = mean of SNR / (1 + SNR)
+
+    At each moment batches of B' take (1 + B_simple / B') / (1 + B_simple / B) = l + (1 - l) B / B' times as many steps.
+    That is linear in l, the share of the gradient's power that is signal. So over a run the mean of l counts: where the
+    SNR is small, B over the mean SNR, a harmonic mean of noise scales.
 
     Args:
-      history: a `History` of reports, made with or without a batch size. Those whose SNR is not known are left out, as
-        are those of which no end of its interval is; one without an upper end counts as far up as down, as a ratio.
+      history: a `History` of reports, made with or without a batch size. Those whose SNR is not known are left out.
       batch_size: B, the number of examples in a gradient.
       since: leave out reports up to this step.
 
@@ -152,7 +157,7 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
 
     >>> from types import SimpleNamespace
     >>> from snr_adam.telemetry.history import History
-    >>> total = {"snr": 0.1, "snr_error": 0.01, "snr_low": 0.08, "snr_high": 0.125}
+    >>> total = {"snr": 0.1, "snr_low": 0.08, "snr_high": 0.125}
     >>> print(over_run(History([SimpleNamespace(step=8, names=(), columns={}, total=total)]), batch_size=32))
     320 (256 to 400)
 
@@ -160,26 +165,21 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     """
     steps = np.asarray(history.steps)
     gaps = np.where(steps > since, np.diff(steps, prepend=since), 0)
-    keys = ("snr", "snr_error", "snr_low", "snr_high")
-    rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((4, 0), np.nan)
-    snr, error, low, high = rows
-    with np.errstate(all="ignore"):
-        high = np.where((low > 0) & (high == math.inf), snr * (snr / low), high)
-        error = np.where(error == math.inf, (high - snr) / 1.96, error)
-    rows = np.stack([snr, error, low, high])
-    known = np.isfinite(rows).all(0) & (gaps[: rows.shape[1]] > 0)
+    keys = ("snr", "snr_low", "snr_high")
+    rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((3, 0), np.nan)
+    known = ~np.isnan(rows).any(0) & (gaps[: rows.shape[1]] > 0)
     if not known.any():
         raise ValueError("no report of this history has an SNR: the first comes six steps after the start of a run")
-    snr, error, low, high = np.average(np.maximum(rows[:, known], 0), axis=1, weights=gaps[known])
-    found = bool(snr > 0 and low > 0)
-    value = batch_size / snr if found else math.inf
-    return NoiseScale(
-        value,
-        value * error / snr if found else math.inf,
-        batch_size / high if high > 0 else math.inf,
-        batch_size / low if found else math.inf,
-        "mean over the run",
-    )
+    shares = 1 - 1 / (1 + np.maximum(rows[:, known], 0))
+    share, low, high = np.average(shares, axis=1, weights=gaps[known])
+
+    def scale(share) -> float:
+        return batch_size * float((1 - share) / share) if share > 0 else math.inf
+
+    found = bool(share > 0 and low > 0)
+    error = batch_size * float((high - share) / 1.96 / share**2) if found else math.inf
+    value = scale(share) if found else math.inf
+    return NoiseScale(value, error, scale(high), scale(low), "mean over the run")
 
 
 def advise(
