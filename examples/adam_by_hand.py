@@ -12,6 +12,7 @@ Each figure is a function that draws once; what several of them need is computed
 import argparse
 import functools
 import io
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -750,11 +751,12 @@ def main(args=None):
         if name in chosen:
             shown, path = draw(), FOLDER / f"{number:02}-{name}.png"
             path.write_bytes(shown._repr_png_())
-            print(f"{shown.says}\n    {path}\n", flush=True)
+            print(f"{textwrap.fill(shown.says, 100)}\n    {path}\n", flush=True)
     if set(chosen) == set(FIGURES):
         print("The note, sentence by sentence:\n")
         for sentence, number, shown in note():
-            print(f"{sentence}\n    figure {number}: {shown}")
+            line = f"    figure {number}: {shown}"
+            print(f"{sentence}\n{textwrap.fill(line, 100, subsequent_indent='        ')}")
 
 
 if __name__ == "__main__":
