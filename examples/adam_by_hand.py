@@ -12,6 +12,7 @@ Each figure is a function that draws once; what several of them need is computed
 import argparse
 import functools
 import io
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Shown(NamedTuple):
 
     def _repr_png_(self):
         file = io.BytesIO()
-        self.figure.savefig(file, dpi=120)
+        self.figure.savefig(file, dpi=150)
         return file.getvalue()
 
 
@@ -75,11 +76,11 @@ def draws(function):
 
 def panels(*titles):
     """A figure with one panel for each title, side by side."""
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    figure = Figure(figsize=(8.2, 3.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     axes = figure.subplots(1, len(titles), squeeze=False)[0]
     for panel, title in zip(axes, titles, strict=True):
-        panel.set_title(title, weight="bold", size=10)
+        panel.set_title(title, weight="bold", size=9.5)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, *axes
 
@@ -221,9 +222,9 @@ def noise_grows():
     left.plot(at, without, "s--", color=GRAY, ms=3, label="the same if all labels are right")
     left.plot(fifties(times), lasting, color=BLUE, label="true gradient, mean of 50 updates")
     left.set(xlabel="updates", ylabel="length of the vector (nats per unit)", ylim=(0, 1.4))
-    right.plot(at, share, "o-", color=ORANGE, ms=3, label="their share of the noise's power")
-    right.axhline(by.wrong.mean(), ls="--", color=GRAY, label="their share of the digits")
-    right.set(xlabel="updates", ylabel="share of the digits with wrong labels", ylim=(0, 1))
+    right.plot(at, share, "o-", color=ORANGE, ms=3, label="of the noise's power")
+    right.axhline(by.wrong.mean(), ls="--", color=GRAY, label="of the digits")
+    right.set(xlabel="updates", ylabel="share that digits with wrong labels have", ylim=(0, 1))
     early, late = lasting[0], lasting[-4:].mean()
     numbers = {"true": (early, late), "share": (share[0], share[-1])}
     numbers |= {"noise": (noise[0], noise[-4:].mean()), "right": (without[0], without[-4:].mean())}
@@ -342,14 +343,14 @@ def spike_at_zero():
     rarely = (moving < 0.1) & ~never
     groups = {
         "never moved": (never, ORANGE, "-"),
-        "moved by less than 10 % of the digits": (rarely, BLUE, "--"),
+        "moved by < 10 % of digits": (rarely, BLUE, "--"),
         "moved by more": (~never & ~rarely, GREEN, "-"),
     }
     figure, left, right = panels("The spike at 0: weights that hardly move", "Share of the digits that light a pixel")
     bins, near = np.linspace(-1.025, 1.025, 42), []
     for name, (which, color, style) in groups.items():
         x = snr[:, which].ravel()
-        line = {"histtype": "step", "color": color, "ls": style, "lw": 1.6, "label": f"{name}: {which.sum():,} weights"}
+        line = {"histtype": "step", "color": color, "ls": style, "lw": 1.6, "label": f"{name}: {which.sum():,}"}
         left.hist(x, bins, weights=np.full(len(x), 1 / len(x)), **line)
         near.append((np.abs(x) < 0.025).mean())
     left.set(xlabel="SNR in the last 100 updates (a ratio)", ylabel="share of the weights in the group", ylim=(0, 1.4))
@@ -750,11 +751,12 @@ def main(args=None):
         if name in chosen:
             shown, path = draw(), FOLDER / f"{number:02}-{name}.png"
             path.write_bytes(shown._repr_png_())
-            print(f"{shown.says}\n    {path}\n", flush=True)
+            print(f"{textwrap.fill(shown.says, 100)}\n    {path}\n", flush=True)
     if set(chosen) == set(FIGURES):
         print("The note, sentence by sentence:\n")
         for sentence, number, shown in note():
-            print(f"{sentence}\n    figure {number}: {shown}")
+            line = f"    figure {number}: {shown}"
+            print(f"{sentence}\n{textwrap.fill(line, 100, subsequent_indent='        ')}")
 
 
 if __name__ == "__main__":
