@@ -51,10 +51,11 @@ SPEAKS = {
     "turning round": total(persistence_high=-0.2, floor=FLOOR),
     "random walk": total(**WALK),
     "skipped steps": total(skipped_share=since(0.02, 0.0, 1)),
+    "spike": total(spike_step=170.0, spike_peak=9.0),
     "not finite": layers(signal=since(np.nan, 1.0, 1)[:, None] * [1, 1, 1]),
     "no gradient": layers(gradient_norm=[1.0, 0.0, 0.0]),
     "rounding": layers(gradient_norm=[1.0, 1.0, 1e-8], size=SIZE),
-    "updates lost": layers(lost_share=[0.1, 0.6, 0.4]),
+    "updates lost": layers(lost_updates=[0.1, 0.6, 0.4]),
 }
 SILENT = {
     "signal was found once": total(snr_low=since(-0.1, 0.1, 4), snr_high=0.01),
@@ -67,6 +68,8 @@ SILENT = {
     "persistent, while v remembers larger gradients": total(**{**WALK, "pseudo_snr": 0.01, "persistence_high": 1.3}),
     "persistence unknown": total(**{**WALK, "persistence_high": np.nan}),
     "a step in 200": total(skipped_share=0.005),
+    "a spike long ago": total(spike_step=140.0, spike_peak=9.0),
+    "no spike": total(spike_step=np.nan, spike_peak=np.nan),
     "never known": layers(signal=[np.nan, 1.0, 1.0]),
     "no gradient in one report": layers(gradient_norm=since(0.0, 1.0, 4)[:, None] * [1, 1, 1]),
     "small, and signal was found": layers(gradient_norm=[1.0, 1.0, 5e-7], size=SIZE, snr_low=[1.0, 1.0, 0.1]),
@@ -113,6 +116,16 @@ def test_what_has_begun_is_dated():
     assert (alarm.since, alarm.number) == (130, -0.2)
     assert "the last 7 reports (steps 130 to 190)" in str(alarm)
     assert alarms(total(persistence_high=since(-0.2, 0.3, 7), floor=FLOOR), last=8) == []
+
+
+def test_a_spike_says_where_it_began():
+    """Of layers that spiked at the same step in the largest; not in one that spiked before."""
+    columns = {"spike_step": [95.0, 90.0, 90.0, 10.0, np.nan], "spike_peak": [40.0, 8.0, 9.0, 99.0, np.nan]}
+    whole = {"spike_step": 92.0, "spike_peak": 12.0}
+    seen = {"names": tuple("abcde"), "columns": columns, "total": whole}
+    (alarm,) = alarms(History(SimpleNamespace(step=step, **seen) for step in (80, 100)))
+    assert (alarm.layers, alarm.since, alarm.number) == (("c",), 92, 12.0)
+    assert str(alarm).endswith("by 12.0 standard deviations of its norm's logarithm. It began in c.")
 
 
 def test_many_layers_are_counted():

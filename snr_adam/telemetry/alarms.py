@@ -13,12 +13,12 @@ that are not finite, gradients that are rounding. Where a number is not known, o
     batch too large noise scale of the run, upper end < 1/20 batch             the whole run, 5 or more
     turning round   persistence_high < -floor^2                                5 reports
     random walk     pseudo_snr <= 1.05 floor and persistence_high < 0.1        5 reports
-    skipped steps   the guard skipped more than 1 % of the steps               the last report
+    skipped steps   skipped_share > 0.01                                       the last report
     not finite      signal was a number and is none                            the last report
+    spike           spike_peak > 6, begun since the fifth last report          the last report
     no gradient     gradient_norm = 0, or all elements are 0                   5 reports
     rounding        `_layers.is_rounding`                                      5 reports
-    updates lost    over half of the updates are below half a unit in the      5 reports
-                    last place of the stored weights
+    updates lost    lost_updates > 0.5                                         5 reports
 
 The limits of 8 batches and 1/20 are how far the best batches of McCandlish et al. (arXiv 1812.06162, table 1) lay from
 the noise scale. On a quadratic in balance with the noise, persistence is -(1-b)/(1+b), which is -floor^2.
@@ -35,6 +35,8 @@ from snr_adam.telemetry.advice import over_run
 _FAR_ABOVE, _FAR_BELOW = 8.0, 1 / 20
 _LEFT = 1.05  # pseudo_snr up to here is at its floor: nothing but chance is above it
 _SKIPPED = 0.01
+_SPIKE = 6.0
+_TOGETHER = 20  # spikes that begin within so many steps are one
 _LOST = 0.5
 _NAMED = 4  # more layers than these are counted
 _RATE = "A lower learning rate, or a decay, helps if the loss has stopped falling."
@@ -67,15 +69,15 @@ class _Run:
         self.steps = np.asarray(history.steps)
         self.names = tuple(history.names)
 
-    def total(self, *keys: str) -> np.ndarray:
-        """The first of these quantities that there is, (T,)."""
-        found = [np.asarray(self.history.total[key]) for key in keys if key in self.history.total]
-        return found[0] if found else np.full(len(self.steps), np.nan)
+    def total(self, key: str) -> np.ndarray:
+        """A quantity of the whole model, (T,)."""
+        there = key in self.history.total
+        return np.asarray(self.history.total[key]) if there else np.full(len(self.steps), np.nan)
 
-    def layers(self, *keys: str) -> np.ndarray:
-        """The same for each layer, (T, L)."""
-        found = [np.asarray(self.history.columns[key]) for key in keys if key in self.history.columns]
-        return found[0] if found else np.full((len(self.steps), len(self.names)), np.nan)
+    def layers(self, key: str) -> np.ndarray:
+        """A quantity of each layer, (T, L)."""
+        there = key in self.history.columns
+        return np.asarray(self.history.columns[key]) if there else np.full((len(self.steps), len(self.names)), np.nan)
 
     def stretch(self, holds: np.ndarray, least: int) -> int:
         """In how many reports up to the last a rule has held without a break; 0 if in fewer than `least`."""
@@ -177,7 +179,7 @@ def _random_walk(run: _Run) -> Iterator[Alarm]:
 
 
 def _skipped(run: _Run) -> Iterator[Alarm]:
-    share = run.total("skipped_share", "skipped")
+    share = run.total("skipped_share")
     if len(share) and share[-1] > _SKIPPED:
         yield Alarm(
             "skipped steps",
@@ -198,8 +200,26 @@ def _not_finite(run: _Run) -> Iterator[Alarm]:
     yield from run.about("not finite", lost, 1, np.full(len(run.names), np.nan), np.inf, text)
 
 
+def _spike(run: _Run) -> Iterator[Alarm]:
+    began, peak = run.total("spike_step")[-1], run.total("spike_peak")[-1]
+    if not (peak > _SPIKE and began >= run.steps[-run.last :][0]):
+        return
+    steps, peaks = run.layers("spike_step")[-1], run.layers("spike_peak")[-1]
+    newest = [i for i in range(len(run.names)) if abs(steps[i] - began) <= _TOGETHER]
+    first = min(newest, key=lambda i: (steps[i], -peaks[i]), default=None)
+    where = "" if first is None else f" It began in {run.names[first]}."
+    yield Alarm(
+        "spike",
+        float(peak),
+        _SPIKE,
+        f"The gradient spiked at step {began:,.0f}, by {peak:.1f} standard deviations of its norm's logarithm.{where}",
+        () if first is None else (run.names[first],),
+        int(began),
+    )
+
+
 def _no_gradient(run: _Run) -> Iterator[Alarm]:
-    none = (run.layers("gradient_norm") == 0) | (run.layers("zero_share", "zeros") == 1)
+    none = (run.layers("gradient_norm") == 0) | (run.layers("zero_gradients") == 1)
     text = "In {where} no gradient reached {layers} Does the loss depend on it, and is nothing before it stuck at 0?"
     yield from run.about("no gradient", none, run.last, np.zeros(len(run.names)), 0.0, text)
 
@@ -217,7 +237,7 @@ def _rounding(run: _Run) -> Iterator[Alarm]:
 
 
 def _lost(run: _Run) -> Iterator[Alarm]:
-    share = run.layers("lost_share", "below_half_ulp")
+    share = run.layers("lost_updates")
     text = (
         "In {where} over half of the updates were lost in {layers} They are below half a unit in the last place of the "
         "stored weights: wrap the optimizer in `carry_remainder`."
@@ -228,6 +248,7 @@ def _lost(run: _Run) -> Iterator[Alarm]:
 RULES: tuple[Callable[[_Run], Iterator[Alarm]], ...] = (
     _not_finite,
     _skipped,
+    _spike,
     _turning,
     _random_walk,
     _no_signal,
