@@ -133,25 +133,20 @@ def table(rows: list[dict]) -> str:
     """What was measured beside what was printed: medians over starts of the printed numbers."""
 
     def shown(row):
-        base, ratio = row["batch"] == BATCH, row["batch"] / BATCH
-        return {
-            **{"batch": row["batch"], "rate": f"{row['rate']:.2g}", "steps": row["steps"]},
-            "times the steps": "1" if base else f"{row['times']:.2g} ± {row['error']:.1g}",
-            "printed": "1" if base else f"{row['said']:.2g} ({row['low']:.2g} to {row['high']:.2g})",
-            "examples": row["examples"],
-            "times the examples": "1" if base else f"{row['times'] * ratio:.2g} ± {row['error'] * ratio:.1g}",
-            "printed ": "1"
-            if base
-            else f"{row['said'] * ratio:.2g} ({row['low'] * ratio:.2g} to {row['high'] * ratio:.2g})",
-            "inside": "-" if base else f"{row['inside']} of {len(row['printed'])}",
-        }
+        def beside(ratio):
+            said, low, high = (row[key] * ratio for key in ("said", "low", "high"))
+            return f"{row['times'] * ratio:.2g} ± {row['error'] * ratio:.1g}", f"{said:.2g} ({low:.2g} to {high:.2g})"
 
-    numbers = dict.fromkeys(("rate", "times the steps", "printed"), "")
-    return markdown(
-        map(shown, rows),
-        {"batch": "d", **{"rate": "", "steps": ",.0f"}, **numbers, "examples": ",.0f"}
-        | dict.fromkeys(("times the examples", "printed ", "inside"), ""),
-    )
+        steps, examples, inside = ("1", "-"), ("1", "-"), "-"
+        if row["batch"] != BATCH:
+            steps, examples = beside(1.0), beside(row["batch"] / BATCH)
+            inside = f"{row['inside']} of {len(row['printed'])}"
+        numbers = {key: row[key] for key in ("batch", "rate", "steps", "examples")}
+        both = zip(("times the steps", "printed", "times the examples", "printed "), (*steps, *examples), strict=True)
+        return numbers | dict(both) | {"inside": inside}
+
+    columns = {"batch": "d", "rate": ".2g", "steps": ",.0f", "times the steps": "", "printed": "", "examples": ",.0f"}
+    return markdown(map(shown, rows), columns | dict.fromkeys(("times the examples", "printed ", "inside"), ""))
 
 
 def tables(rows: list[dict]) -> str:
@@ -178,9 +173,7 @@ def render(text: str, rows: list[dict], states: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="two starts of one network, one other batch size; writes nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="two starts, one other batch size; writes nothing")
     parser.add_argument("--docs", action="store_true", help="only write the results into the docs")
     parser.add_argument("--json", type=Path, default=RESULTS / "batch_size.json")
     options = parser.parse_args(arguments)
