@@ -16,10 +16,10 @@ LAYERS = (
     {"_per_leaf", "deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
-    {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
-    {"telemetry._lags", "telemetry._outside", "telemetry.noise_scale"},
+    {"_moments", "telemetry._averages", "telemetry._rows", "telemetry._sums", "telemetry.groups"},
+    {"telemetry._lags", "telemetry._outside", "telemetry._spikes", "telemetry.noise_scale"},
     {"telemetry._seen", "telemetry._state", "telemetry.columns"},
-    {"telemetry._matplotlib", "telemetry._reading", "telemetry.text"},
+    {"telemetry._details", "telemetry._matplotlib", "telemetry._reading", "telemetry.text"},
     {
         "accumulation",
         "guard",

@@ -1,10 +1,11 @@
 """Older forms of states, and how they become today's.
 
-A checkpoint's manifest says of which form it is: 1, which names no form, 2 or 3. What may change from form to form is
-where numbers lie in a state, never what the next step of the optimizer does. Changed so far:
+A checkpoint's manifest says of which form it is: 1, which names no form, or 2 to 4. What may change from form to form
+is where numbers lie in a state, never what the next step of the optimizer does. Changed so far:
 
     1 -> 2      `observe` keeps few arrays instead of many; the moments and counts it wraps are where they were
     2 -> 3      `observe` keeps sketches of gradients and the means of their products as well; they begin anew
+    3 -> 4      more rows in its means, for spikes and what is clipped, and in its last look; they begin anew
 
 `earlier(like, form)` is the tree to read a checkpoint of an older form into, `renewed(old, like)` makes today's of it.
 """
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 from snr_adam._moments import find
 from snr_adam._numerics import abs_sq
 from snr_adam._tree import flatten
-from snr_adam.telemetry._averages import Last, Means, Memory
+from snr_adam.telemetry._averages import Last, Memory
 from snr_adam.telemetry._state import ObserveState, blank_of
 
-FORM = 3
+FORM = 4
 """The form in which states are saved now."""
 
 
@@ -72,6 +73,40 @@ class _Second(NamedTuple):
     last: Any
 
 
+class _Third(NamedTuple):
+    """The state of `observe` in form 3."""
+
+    inner: Any
+    count: Any
+    seen: Any
+    looked: Any
+    detailed: Any
+    bursts: Any
+    square: Any
+    axis: Any
+    means: Any
+    lags: Any
+    memory: Any
+    last: Any
+    sketches: Any
+
+
+_MEANS = 5
+_LAST = (
+    "signal_sq",
+    "noise_sq",
+    "rho",
+    "floor_sq",
+    "leak",
+    "newest",
+    "significant",
+    "counted",
+    "update_sq",
+    "param_sq",
+)
+"""The rows of `means` and of `last` before form 4."""
+
+
 class _First(NamedTuple):
     """The state of `observe` in form 1."""
 
@@ -89,7 +124,7 @@ class _First(NamedTuple):
 
 
 def _is_observed(node) -> bool:
-    return isinstance(node, (ObserveState, _First, _Second))
+    return isinstance(node, (ObserveState, _First, _Second, _Third))
 
 
 def earlier(like, form: int):
@@ -101,9 +136,12 @@ def earlier(like, form: int):
         if not isinstance(node, ObserveState):
             return node
         inner = earlier(node.inner, form)
-        if form == 2:
-            return _Second(inner, *(getattr(node, name) for name in _Second._fields[1:]))
         size = node.axis.shape[0]
+        if form in (2, 3):
+            kind = {2: _Second, 3: _Third}[form]
+            rows = {"means": (_MEANS, size + 1), "last": (len(_LAST), size)}
+            own = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in rows.items()}
+            return kind(inner, *(own.get(name, getattr(node, name)) for name in kind._fields[1:]))
         n, total = (jax.ShapeDtypeStruct((k,), jnp.float32) for k in (size, size + 1))
         kinds = ((_Moving, total), (_Recursion, n), (_Recursion, n), (_Weights, n), (_Detail, n))
         vectors = [kind(*(x for _ in kind._fields)) for kind, x in kinds]
@@ -116,21 +154,31 @@ def renewed(state, like):
     """A state that was read in an older form, in the form of `like`."""
 
     def new(node, here):
-        if not isinstance(node, (_First, _Second)):
+        if not isinstance(node, (_First, _Second, _Third)):
             return node
         inner = renewed(node.inner, here.inner)
         size = node.axis.shape[0]
         fresh = blank_of(here)
-        if isinstance(node, _Second):
-            own = {name: getattr(node, name) for name in _Second._fields[1:]}
+        if isinstance(node, (_Second, _Third)):
+            own = {name: getattr(node, name) for name in node._fields[1:]}
+            own |= {
+                "means": with_rows(fresh.means, node.means),
+                "last": last_of(dict(zip(_LAST, node.last, strict=True))),
+            }
             return placed(fresh._replace(inner=inner, **own), here)
-        nan = jnp.full(size, math.nan, jnp.float32)
-        memory = Memory(node.weights.first, node.weights.square, *_sums(inner, size))
-        means, memory, last = (
-            jnp.stack(rows) for rows in (Means(*node.moving), memory, Last(*[nan] * len(Last._fields)))
-        )
+        memory = jnp.stack(Memory(node.weights.first, node.weights.square, *_sums(inner, size)))
+        means = with_rows(fresh.means, jnp.stack(node.moving))
         own = {"count": node.count, "seen": node.seen, "square": node.square, "axis": node.axis}
-        return placed(fresh._replace(inner=inner, means=means, memory=memory, last=last, **own), here)
+        return placed(fresh._replace(inner=inner, means=means, memory=memory, **own), here)
+
+    def with_rows(means, old):
+        """The means with rows of an older form, which were its first."""
+        return jnp.concatenate([old, means[_MEANS:]])
+
+    def last_of(rows: dict):
+        """The last look with what is known of it."""
+        nan = jnp.full_like(rows["rho"], math.nan)
+        return jnp.stack([rows.get(name, nan) for name in Last._fields])
 
     def placed(state: ObserveState, like: ObserveState) -> ObserveState:
         """On the devices where `like` is."""
