@@ -43,6 +43,16 @@ class Seen(NamedTuple):
         """Whether the step was taken."""
         return self.gate.ok
 
+    @property
+    def rate(self):
+        """The learning rate, None of a step that only divides."""
+        return self.alpha
+
+    @property
+    def scale(self):
+        """What a guard multiplied the gradient with, None if none clips."""
+        return self.gate.scale
+
     def given(self):
         """The gradient that the step was made of."""
         return self.gate.gradient(self.source.astype(self.wide), self.is_raw)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from snr_adam.telemetry.columns import COLUMNS, Sums, columns
+from snr_adam.telemetry._rows import Sums
+from snr_adam.telemetry.columns import COLUMNS, columns
 from snr_adam.telemetry.report import Report
 
 B1 = 0.9
@@ -43,6 +44,7 @@ def fake_reports(times: int, layers: int, every: int = 10, seed: int = 0):
 ROOT_OF = {
     **{f"{key}_sq": key for key in ("signal", "noise", "floor")},
     **{"gradient_sq": "gradient_norm", "persistent_half": "persistent_half", "spread": "half"},
+    **{"power": "step_gradient_norm", "unclipped_sq": "unclipped_norm", "before_sq": "before"},
 }
 """Sums that are squares, and of what."""
 
@@ -50,9 +52,9 @@ ROOT_OF = {
 def measured(batch_size=None, examples=None, step=7, **numbers) -> Report:
     """A report of layers that have these numbers, a list for each quantity, with the sums that groups are made of.
 
-    What is not given is 1, and of the elements all are `counted`. share_sum and power_sum are S and a of the lags, half
-    half the width of the interval of S, persistent_half that of `persistent`; slack, above and least_sum are 0 if not
-    given. The only place that knows how a report keeps its sums.
+    What is not given is 1, and of the elements all are `counted` and `moved`. share_sum and power_sum are S and a of
+    the lags, half half the width of the interval of S, persistent_half that of `persistent`; slack, above and least_sum
+    are 0 if not given; `before` is the root of before_sq. The only place that knows how a report keeps its sums.
     """
     layers = len(next(iter(numbers.values())))
     x = {"slack": np.zeros(layers), "above": np.zeros(layers), "least_sum": np.zeros(layers)}
@@ -65,8 +67,13 @@ def measured(batch_size=None, examples=None, step=7, **numbers) -> Report:
     counted = of("counted", size)
     means = {"significant": of("significant") * counted}
     means |= {f"{key}_sq": of(f"{key}_rms") ** 2 * size for key in ("update", "param")}
+    means |= {"relative_sq": of("relative_gradient") ** 2 * size, "rate_sum": of("learning_rate") * size}
+    moved = of("moved", size)
+    means |= {"moved": moved, "lost": of("lost_updates") * moved, "zeros": of("zero_gradients") * size}
     squares = {key: of(name) ** 2 for key, name in ROOT_OF.items()}
     plain = {key: of(key) for key in ("persistent", "share_sum", "power_sum", "slack", "above", "least_sum")}
+    plain |= {key: of(key) for key in ("product", "clipped", "spike", "spike_step", "spike_peak")}
+    plain |= {f"largest_{key}": of(f"largest_{key}") for key in ("gradient", "signal", "update")}
     sums = Sums(size=size, counted=counted, **means, **squares, **plain)
     of_all = columns(sums.add(), batch_size, examples)
     total = {key: float(column[0]) for key, column in of_all.items()}

@@ -16,8 +16,8 @@ LAYERS = (
     {"_per_leaf", "deviation", "quotient", "step", "twofold"},
     {"_look"},
     {"transform"},
-    {"_moments", "telemetry._averages", "telemetry._sums", "telemetry.groups"},
-    {"telemetry._lags", "telemetry._outside", "telemetry.noise_scale"},
+    {"_moments", "telemetry._averages", "telemetry._rows", "telemetry._sums", "telemetry.groups"},
+    {"telemetry._lags", "telemetry._outside", "telemetry._spikes", "telemetry.noise_scale"},
     {
         "telemetry._layers",
         "telemetry._reading",
@@ -27,7 +27,7 @@ LAYERS = (
         "telemetry.advice",
         "telemetry.columns",
     },
-    {"telemetry._matplotlib", "telemetry._writing", "telemetry.alarms", "telemetry.text"},
+    {"telemetry._details", "telemetry._matplotlib", "telemetry._writing", "telemetry.alarms", "telemetry.text"},
     {"telemetry._frame", "telemetry.page"},
     {
         "accumulation",

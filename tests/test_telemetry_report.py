@@ -150,6 +150,22 @@ LAYERS = {
     "slack": [0.05, 0.2, 0.0],
     "above": [0.0, 0.5, 0.1],
     "least_sum": [0.2, -1.0, 4.5],
+    "learning_rate": [0.1, 0.2, 0.4],
+    "step_gradient_norm": [2.5, 4.0, 1.0],
+    "unclipped_norm": [5.0, 8.0, 2.0],
+    "clipped": [0.5, 0.25, 0.75],
+    "product": [0.5, -2.0, 0.1],
+    "before": [1.0, 2.0, 0.5],
+    "spike": [1.0, 7.0, -2.0],
+    "spike_step": [3.0, 5.0, 4.0],
+    "spike_peak": [9.0, 8.0, 12.0],
+    "zero_gradients": [0.5, 0.0, 0.1],
+    "relative_gradient": [1.5, 1.0, 0.5],
+    "largest_gradient": [1.0, 3.0, 0.3],
+    "largest_signal": [0.5, 0.2, 0.9],
+    "largest_update": [0.01, 0.02, 0.04],
+    "moved": [5, 30, 54],
+    "lost_updates": [0.2, 0.1, 0.5],
 }
 """The lags alone find no signal in b, where gradients persist; in c they know that it is at least 4.5."""
 WEAK = LAYERS | {"persistent": [0.1, -3.0, 0.2], "half": [2.0, 3.0, 6.0], "least_sum": [-1.0, -5.0, -2.0]}
@@ -175,6 +191,7 @@ def interval(x, added):
 def by_hand(rows, batch_size=None, examples=None, layers=LAYERS) -> dict[str, float]:
     """What those layers are together: the numbers of a report from its definitions."""
     x = {key: np.array(values, float)[rows] for key, values in layers.items()}
+    size_of = x["size"]
     size, power, persistent = np.sum(x["size"]), np.sum(x["gradient_norm"] ** 2), np.sum(x["persistent"])
     batch, added = batch_size or 1, batch_size / examples if examples else 0.0
     squares = {key: np.sqrt(np.sum(x[key] ** 2)) for key in ("gradient_norm", "persistent_half", "half")}
@@ -205,6 +222,15 @@ def by_hand(rows, batch_size=None, examples=None, layers=LAYERS) -> dict[str, fl
         "gradient_signal": np.sqrt(max(share * power, 0)),
         "gradient_noise": np.sqrt((1 - share) * power),
         "persistent": persistent,
+        "learning_rate": np.sum(x["learning_rate"] * size_of) / size,
+        "effective_rate": np.sum(x["learning_rate"] * size_of) / size * signal / noise,
+        **{key: np.sqrt(np.sum(x[key] ** 2)) for key in ("step_gradient_norm", "unclipped_norm")},
+        "cosine": np.sum(x["product"]) / np.sqrt(np.sum(x["before"] ** 2) * np.sum(x["step_gradient_norm"] ** 2)),
+        **{key: np.max(x[key]) for key in ("clipped", "spike", "spike_step", "spike_peak")},
+        "zero_gradients": np.sum(x["zero_gradients"] * size_of) / size,
+        "relative_gradient": np.sqrt(np.sum(x["relative_gradient"] ** 2 * size_of) / size),
+        **{f"largest_{key}": np.max(x[f"largest_{key}"]) for key in ("gradient", "signal", "update")},
+        "lost_updates": np.sum(x["lost_updates"] * x["moved"]) / np.sum(x["moved"]),
         "noise_scale": batch / snr if found else np.inf,
         "noise_scale_error": batch / snr * (snr_high - snr) / 1.96 / snr if found else np.inf,
         "noise_scale_low": batch / snr_high,
@@ -410,7 +436,9 @@ SKEWED = {
 TOTALS = (
     *("signal", "noise", "pseudo_snr", "floor", "snr", "snr_error", "snr_low", "snr_high", "persistence"),
     *("persistence_low", "persistence_high", "significant", "effective_step", "update_rms", "gradient_norm"),
-    *("gradient_signal", "gradient_noise", "persistent"),
+    *("gradient_signal", "gradient_noise", "persistent", "learning_rate", "effective_rate", "step_gradient_norm"),
+    *("unclipped_norm", "clipped", "cosine", "spike", "spike_step", "spike_peak", "zero_gradients"),
+    *("relative_gradient", "largest_gradient", "largest_signal", "largest_update", "lost_updates"),
     *("noise_scale", "noise_scale_error", "noise_scale_low", "noise_scale_high"),
 )
 
@@ -495,7 +523,7 @@ def test_the_table_and_its_forms():
 def test_metrics_are_plain_finite_floats_under_clean_names():
     state = _after(snr_adam.observe(optax.adam(0.1)), {"mlp/~/linear_0": {"w": jnp.ones((2, 3))}})
     few, many = snr_adam.metrics(state), snr_adam.metrics(state, "x/", layers=True)
-    assert len(few) < 40
+    assert len(few) < 50
     assert all(type(x) is float and np.isfinite(x) for x in many.values())
     assert few["snr/snr"] == snr_adam.report(state).total["snr"]
     assert "x/layer/snr/mlp/linear_0/w" in many

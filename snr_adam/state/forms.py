@@ -5,7 +5,8 @@ is where numbers lie in a state, never what the next step of the optimizer does.
 
     1 -> 2      `observe` keeps few arrays instead of many; the moments and counts it wraps are where they were
     2 -> 3      `observe` keeps sketches of gradients and the means of their products as well; they begin anew
-    3 -> 4      `guard` counts steps and spikes, and keeps what is usual for both; they begin anew
+    3 -> 4      `guard` counts steps and spikes, and keeps what is usual for both; `observe` has more rows in its means,
+                for spikes and what is clipped, and in its last look; all these begin anew
 
 `earlier(like, form)` is the tree to read a checkpoint of an older form into, `renewed(old, like)` makes today's of it.
 """
@@ -20,7 +21,7 @@ from snr_adam._moments import find
 from snr_adam._numerics import abs_sq
 from snr_adam._tree import flatten, is_abstract
 from snr_adam.guard import GuardState, unused_guard
-from snr_adam.telemetry._averages import Last, Means, Memory
+from snr_adam.telemetry._averages import Last, Memory
 from snr_adam.telemetry._state import ObserveState, blank_of
 
 FORM = 4
@@ -74,6 +75,40 @@ class _Second(NamedTuple):
     last: Any
 
 
+class _Third(NamedTuple):
+    """The state of `observe` in form 3."""
+
+    inner: Any
+    count: Any
+    seen: Any
+    looked: Any
+    detailed: Any
+    bursts: Any
+    square: Any
+    axis: Any
+    means: Any
+    lags: Any
+    memory: Any
+    last: Any
+    sketches: Any
+
+
+_MEANS = 5
+_LAST = (
+    "signal_sq",
+    "noise_sq",
+    "rho",
+    "floor_sq",
+    "leak",
+    "newest",
+    "significant",
+    "counted",
+    "update_sq",
+    "param_sq",
+)
+"""The rows of `means` and of `last` before form 4."""
+
+
 class _First(NamedTuple):
     """The state of `observe` in form 1."""
 
@@ -101,8 +136,11 @@ class _Guarded(NamedTuple):
     norm: Any
 
 
+_OLD = _First, _Second, _Third, _Guarded
+
+
 def _is_wrapper(node) -> bool:
-    return isinstance(node, (ObserveState, GuardState, _First, _Second, _Guarded))
+    return isinstance(node, (ObserveState, GuardState, *_OLD))
 
 
 def earlier(like, form: int):
@@ -116,15 +154,20 @@ def earlier(like, form: int):
         inner = earlier(node.inner, form)
         if isinstance(node, GuardState):
             return _Guarded(inner, *node[1 : len(_Guarded._fields)])
-        if form == 3:
-            return node._replace(inner=inner)
-        if form == 2:
-            return _Second(inner, *(getattr(node, name) for name in _Second._fields[1:]))
         size = node.axis.shape[0]
+        if form in (2, 3):
+            kind = {2: _Second, 3: _Third}[form]
+            own = {"means": those(node.means, range(_MEANS)), "last": those(node.last, map(Last._fields.index, _LAST))}
+            return kind(inner, *(own.get(name, getattr(node, name)) for name in kind._fields[1:]))
         n, total = (jax.ShapeDtypeStruct((k,), jnp.float32) for k in (size, size + 1))
         kinds = ((_Moving, total), (_Recursion, n), (_Recursion, n), (_Weights, n), (_Detail, n))
         vectors = [kind(*(x for _ in kind._fields)) for kind, x in kinds]
         return _First(inner, node.count, node.seen, node.seen, node.square, node.axis, *vectors)
+
+    def those(x, rows):
+        """These rows of an array, or of its shape."""
+        rows = list(rows)
+        return jax.ShapeDtypeStruct((len(rows), *x.shape[1:]), x.dtype) if is_abstract(x) else x[jnp.array(rows)]
 
     return jax.tree.map(old, like, is_leaf=_is_wrapper)
 
@@ -133,25 +176,33 @@ def renewed(state, like):
     """A state that was read in an older form, in the form of `like`."""
 
     def new(node, here):
-        if not _is_wrapper(node):
+        if not isinstance(node, _OLD):
             return node
         inner = renewed(node.inner, here.inner)
         if isinstance(node, _Guarded):
             return placed(unused_guard(here)._replace(**node._replace(inner=inner)._asdict()), here)
-        if isinstance(node, ObserveState):
-            return node._replace(inner=inner)
         size = node.axis.shape[0]
         fresh = blank_of(here)
-        if isinstance(node, _Second):
-            own = {name: getattr(node, name) for name in _Second._fields[1:]}
+        if isinstance(node, (_Second, _Third)):
+            own = {name: getattr(node, name) for name in node._fields[1:]}
+            own |= {
+                "means": with_rows(fresh.means, node.means),
+                "last": last_of(dict(zip(_LAST, node.last, strict=True))),
+            }
             return placed(fresh._replace(inner=inner, **own), here)
-        nan = jnp.full(size, math.nan, jnp.float32)
-        memory = Memory(node.weights.first, node.weights.square, *_sums(inner, size))
-        means, memory, last = (
-            jnp.stack(rows) for rows in (Means(*node.moving), memory, Last(*[nan] * len(Last._fields)))
-        )
+        memory = jnp.stack(Memory(node.weights.first, node.weights.square, *_sums(inner, size)))
+        means = with_rows(fresh.means, jnp.stack(node.moving))
         own = {"count": node.count, "seen": node.seen, "square": node.square, "axis": node.axis}
-        return placed(fresh._replace(inner=inner, means=means, memory=memory, last=last, **own), here)
+        return placed(fresh._replace(inner=inner, means=means, memory=memory, **own), here)
+
+    def with_rows(means, old):
+        """The means with rows of an older form, which were its first."""
+        return jnp.concatenate([old, means[_MEANS:]])
+
+    def last_of(rows: dict):
+        """The last look with what is known of it."""
+        nan = jnp.full_like(rows["rho"], math.nan)
+        return jnp.stack([rows.get(name, nan) for name in Last._fields])
 
     def placed(state, like):
         """On the devices where `like` is."""

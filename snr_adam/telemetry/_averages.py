@@ -27,7 +27,8 @@ class Means(NamedTuple):
     """Means over looks, (L + 1,) each: one entry per leaf or slice, the last for all together.
 
     gradient_sq, persistent: A and L. aa, ax, xx: the variances and the covariance of A_t and L_t in units of the A of
-    their time, which the standard error is made of (after West 1979, so that nothing cancels).
+    their time, which the standard error is made of (after West 1979, so that nothing cancels). clipped: the share of
+    looks whose gradients were clipped, nan where nothing clips.
     """
 
     gradient_sq: Any
@@ -35,6 +36,7 @@ class Means(NamedTuple):
     aa: Any
     ax: Any
     xx: Any
+    clipped: Any
 
 
 class Memory(NamedTuple):
@@ -62,9 +64,13 @@ class Last(NamedTuple):
 
     signal_sq, noise_sq: |m^|^2 and the sum of v^. rho: the share of noise that passes m^; floor_sq: the same, where
     the noise is an average of squares. leak, newest: what m forgets in a step, and the newest gradient's weight in m^.
-    significant: how many of the `counted` elements, those with a gradient and a v, have an |m| that noise alone would
-    exceed in 5 % of cases; nan where many gradients are 0. update_sq, param_sq: of the squares of the update and of
-    the parameter.
+    power, product, before_sq: |g|^2, <m, g> and |m|^2 with the m before the step. zeros: how many elements of g are 0.
+    rate: the learning rate. scale: what a guard multiplied the gradients with.
+
+    The others are details. significant: how many of the `counted` elements, those with a gradient and a v, have an |m|
+    that noise alone would exceed in 5 % of cases; nan where many gradients are 0. update_sq, param_sq: of the squares
+    of the update and of the parameter. relative_sq: of |g|^2 / v^. lost: how many of the `moved` elements, those with
+    an update that is not 0, are the same after it. largest_gradient, largest_signal, largest_update: of |g|, |m^|, |u|.
     """
 
     signal_sq: Any
@@ -73,14 +79,30 @@ class Last(NamedTuple):
     floor_sq: Any
     leak: Any
     newest: Any
+    power: Any
+    product: Any
+    before_sq: Any
+    zeros: Any
+    rate: Any
+    scale: Any
     significant: Any
     counted: Any
     update_sq: Any
     param_sq: Any
+    relative_sq: Any
+    lost: Any
+    moved: Any
+    largest_gradient: Any
+    largest_signal: Any
+    largest_update: Any
 
     def with_details(self, old: "Last") -> "Last":
-        """The same with the last four of another, which take a pass of their own and are made at fewer looks."""
-        return Last(*self[:-4], *old[-4:])
+        """The same with the details of another, which take a pass of their own and are made at fewer looks."""
+        return Last(*self[:-DETAILS], *old[-DETAILS:])
+
+
+DETAILS = len(Last._fields) - Last._fields.index("significant")
+"""How many of the rows of `Last` are details."""
 
 
 def zeros(kind, size: int):
@@ -102,23 +124,27 @@ def newest_weight(seen, largest=max):
     return largest(2 / (seen + 1), 1 / WINDOW)
 
 
-def _with_total(x):
+def with_total(x):
     return jnp.concatenate([x, jnp.sum(x, keepdims=True)])
 
 
-def mean_of(old: jax.Array, square, seen, power, persistent):
+def mean_of(old: jax.Array, square, seen, power, persistent, scale):
     """The means, the sum of their squared weights and the number of looks after one more look.
 
     Where nothing persistent is known yet, or ever, A alone is averaged, and L is nan."""
     gain = newest_weight(seen.astype(jnp.float32) + 1, jnp.maximum)
-    a, x = _with_total(power), _with_total(persistent)
+    a, x = with_total(power), with_total(persistent)
     rows = Means(*old)
     da, dx = a - rows.gradient_sq, x - rows.persistent
     mean = rows.gradient_sq + gain * da
-    scale = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
-    ra, rx = da * scale, dx * scale
-    spreads = zip(rows[2:], (ra * ra, ra * rx, rx * rx), strict=True)
-    new = stack(Means(mean, rows.persistent + gain * dx, *((1 - gain) * (c + gain * y) for c, y in spreads)))
+    unit = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1.0), 0.0)
+    ra, rx = da * unit, dx * unit
+    spreads = zip((rows.aa, rows.ax, rows.xx), (ra * ra, ra * rx, rx * rx), strict=True)
+    spreads = ((1 - gain) * (c + gain * y) for c, y in spreads)
+    clipped = jnp.where(jnp.isnan(scale), jnp.nan, scale < 1)
+    clipped = jnp.append(clipped, jnp.max(clipped, initial=0.0))  # one for all leaves, if there is one guard
+    clipped = rows.clipped + gain * (clipped - rows.clipped)
+    new = stack((mean, rows.persistent + gain * dx, *spreads, clipped))
     return new, (1 - gain) ** 2 * square + gain**2, seen + 1
 
 
@@ -186,7 +212,7 @@ def errors(means: Means, square, rho, decay, newest, seen: int, steps: int):
 
     rho, decay, newest: of m^, as in `Last`. seen, steps: how many looks there were in how many steps.
     """
-    a, x, aa, ax, xx = means
+    a, x, aa, ax, xx, _ = means
     share = x / a
     both = np.clip(share, 0, 1)
     per_share = xx / (both + rho)

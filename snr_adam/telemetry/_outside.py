@@ -115,6 +115,13 @@ def _plain(x: float, near: float) -> float:
     return x
 
 
+def injected_rate(state) -> Any:
+    """The learning rate in the state of an `inject_hyperparams`; nan if there is none, or more than one."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "hyperparams"))
+    found = [x.hyperparams["learning_rate"] for x in nodes if "learning_rate" in getattr(x, "hyperparams", ())]
+    return found[0] if len(found) == 1 and jax.numpy.ndim(found[0]) == 0 else float("nan")
+
+
 class Outside(NamedTuple):
     """One step of one leaf of another optimizer; the same questions as to `_look.Seen`."""
 
@@ -125,6 +132,8 @@ class Outside(NamedTuple):
     u: Any
     t: Any
     ok: Any = True
+    rate: Any = float("nan")
+    scale: Any = None
 
     def kind(self) -> tuple:
         """What two leaves have in common if their sums may be taken together."""

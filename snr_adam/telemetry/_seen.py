@@ -1,12 +1,12 @@
 """One step of all observed leaves, as vectors with a column per leaf: the sums, and the numbers that they make.
 
-A new quantity is a row of `_averages.Last`, made here, and a column of `report`.
+A new quantity is a row of `_averages.Last`, made here or in `_details`, and a column of `columns`.
 """
 
 import functools
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,15 @@ import numpy as np
 from snr_adam import _compiler, _tree
 from snr_adam._bits import Seed
 from snr_adam._look import Seen
-from snr_adam._numerics import Average, abs_sq, widen
+from snr_adam._numerics import Average, abs_sq
 from snr_adam._tree import check_sizes
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Memory
 
-_DENSE = 0.8
-"""Of pure noise with fewer gradients that are not 0, more than 6 % of the m with a new one would pass for significant:
-7 % of half, 39 % of one in twenty."""
+_ROUNDING = 1e-5  # a difference of sums that is a smaller share of them is not known
+_UNKNOWN = float("nan")
 
 
 class Leaf(NamedTuple):
@@ -70,6 +69,22 @@ def observed_in(tree, found, rule, columns: int | None = None) -> list[Leaf]:
     return leaves
 
 
+class Taken(NamedTuple):
+    """The sums of a look, (L,) each, with the m of before the step and of after it.
+
+    power: A. product: <m_{t-1}, g>. zeros: how many elements of g are 0. before_sq, first: |m_{t-1}|^2 and |m_t|^2.
+    second: the sum of the noise's square. sketches: (L, 128).
+    """
+
+    power: Any
+    product: Any
+    zeros: Any
+    before_sq: Any
+    first: Any
+    second: Any
+    sketches: Any
+
+
 class Shown:
     """What one step has shown: its leaves, and what can be asked of each (`_look.Seen`, or `_outside.Outside`)."""
 
@@ -77,6 +92,7 @@ class Shown:
         self.observed, self.seen, self.params, self.updates = observed, seen, params, updates
         self.firsts: list[Average | None] = [each.first for each in seen]
         self.seconds: list[Average | None] = [each.second for each in seen]
+        self.given = [each.rate for each in seen], [each.scale for each in seen]
         self.is_own = all(isinstance(each, Seen) for each in seen)
         self.is_constant = all(x is None or averages.is_constant(x) for x in self.firsts)
 
@@ -102,6 +118,13 @@ class Shown:
             return jnp.broadcast_to(jnp.asarray(values[0], jnp.float32), (size,))
         each = zip(values, self.observed, strict=True)
         return jnp.concatenate([jnp.broadcast_to(jnp.asarray(x, jnp.float32), (leaf.size,)) for x, leaf in each])
+
+    @property
+    def sizes(self):
+        """The number of elements of each leaf or slice."""
+        return self.row(
+            [float(jnp.size(u) // max(leaf.size, 1)) for u, leaf in zip(self.updates, self.observed, strict=True)]
+        )
 
     def field(self, which: list[Average | None], name: str):
         return self.row([float("nan") if x is None else getattr(x, name) for x in which])
@@ -146,8 +169,8 @@ class Shown:
         )
 
     def in_the_step(self, seeds: list, take, beside):
-        """A and <m_{t-1}, g> from what the step began with, the square of the noise where it is no average, and the
-        sketches.
+        """A and <m_{t-1}, g> from what the step began with, the zeros in g, the square of the noise where it is no
+        average, and the sketches.
 
         seeds: of the signs of each leaf. take: how rows are summed. beside(p, u): what to make the sums beside, so that
         XLA takes them into the kernel which makes p + u; None: nothing.
@@ -177,31 +200,38 @@ class Shown:
         rows, sketches = rows[:, order], sketches[order]
         return (*rows, sketches) if is_direct else (*rows, jnp.zeros((), jnp.float32), sketches)
 
-    def after_the_step(self, seeds: list):
-        """A, <m_{t-1}, g>, |m_t|^2 and the sum of the noise's square, from what the step ended with, and sketches."""
-
+    def after_the_step(self, seeds: list) -> Taken:
+        """All sums from what the step ended with; what was before it follows from m_t = (1-k) m_{t-1} + c g_t."""
         each = zip(self.seen, seeds, self.observed, strict=True)
         found = [_after(seen.gradient(), _new(seen), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
-        (power, new, first, second), sketches = sums.joined(found)
+        (power, new, zeros, first, second), sketches = sums.joined(found)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
-        product = jnp.where(leak < 1, (new - gain * power) / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
-        return power, product, first, second, sketches
+        left = jnp.where(leak < 1, 1 / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
+        newest = gain * gain * power
+        before = first - 2 * gain * new + newest
+        before = jnp.where(before > _ROUNDING * (first + newest), before * left * left, jnp.nan)
+        return Taken(power, (new - gain * power) * left, zeros, before, first, second, sketches)
 
-    def numbers(self, power, product, first, second, before: Memory, after: Memory):
-        """The row of this look, without details, and L. `first` is |m|^2, `second` the sum of the noise's square."""
+    def numbers(self, taken: Taken, before: Memory, after: Memory):
+        """The row of this look, without details, and L."""
+        power = taken.power
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
         own = self.field(self.firsts, "debias")
         debias = jnp.where(own > 0, own, 1 / weight)
         alone = self.row([float("nan") if seen.repeats else 1.0 for seen in self.seen])
         rho = alone * debias * debias * square
-        noise = jnp.where(self.of_kind("none"), power, self.row(self._factors()) * second)
+        noise = jnp.where(self.of_kind("none"), power, self.row(self.factors()) * taken.second)
         floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
         unknown = jnp.full_like(power, jnp.nan)
-        last = Last(debias * debias * first, noise, rho, floor, leak, gain * debias, *(unknown,) * 4)
-        return last, alone * product / jnp.where(old > 0, old, 1.0)
+        signal = debias * debias * taken.first
+        rate, scale = (self.row([_UNKNOWN if x is None else x for x in xs]) for xs in self.given)
+        sums = power, taken.product, taken.before_sq, taken.zeros
+        details = (unknown,) * averages.DETAILS
+        last = Last(signal, noise, rho, floor, leak, gain * debias, *sums, rate, scale, *details)
+        return last, alone * taken.product / jnp.where(old > 0, old, 1.0)
 
-    def _factors(self) -> list:
+    def factors(self) -> list:
         """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
 
         known = _known()
@@ -214,55 +244,23 @@ class Shown:
 
         return [factor(seen, average) for seen, average in zip(self.seen, self.seconds, strict=True)]
 
-    def details(self, last: Last, memory: Memory) -> Last:
-        """The same row with the numbers that are no linear sums, after one more pass over everything."""
-        factor = self.row(self._factors())
-        newest = self.field(self.seconds, "gain") * factor
-        # |m^|^2 > level rho v^ without the corrections that both sides have
-        least = averages.level(last.leak, newest) * self.weights(memory)[1] * factor
-
-        def of(seen, leaf, p):
-            (m, v), p = seen.after(), None if p is None else widen(_tree.jax_array(p))
-            v = v if seen.first and seen.second and not seen.repeats else None
-            return _details(seen.gradient(), m, v, seen.update(p), p, least[leaf.part], axis=leaf.axis)
-
-        each = zip(self.seen, self.observed, self.params, strict=True)
-        (_, significant, counted, moving, update, param), _ = sums.joined([of(*one) for one in each])
-        # an m whose newest gradient is not 0 is no fair sample where gradients mostly are
-        known = jnp.where((counted > 0) & (counted > _DENSE * moving), 1.0, jnp.nan)
-        return last._replace(significant=significant * known, counted=counted * known, update_sq=update, param_sq=param)
-
 
 @functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
 def _before(g, x, m, noise: list, seed, y, *, axis, take):
-    """The sums over rows of |g|^2, <m, g>, the noise where there is one, and of x, or g, with signs.
+    """The sums over rows of |g|^2, <m, g>, the zeros in g, the noise where there is one, and of x, or g, with signs.
 
     y: what to make them beside, and the step, or None."""
-    found = [abs_sq(g), sums.inner(m, g), *noise, lags.signed(g if x is None else x, seed, axis)]
+    zeros = (g == 0).astype(jnp.float32)
+    found = [abs_sq(g), sums.inner(m, g), zeros, *noise, lags.signed(g if x is None else x, seed, axis)]
     return sums.rows(found if y is None else [_compiler.beside(x, *y) for x in found], axis, take)
 
 
 @functools.partial(jax.jit, static_argnames="axis")
 def _after(g, x, m, v, seed, *, axis):
-    """The sums over rows of |g|^2, <m, g>, |m|^2, v and of x, or g, with signs."""
+    """The sums over rows of |g|^2, <m, g>, the zeros in g, |m|^2, v and of x, or g, with signs."""
     v = jnp.zeros((), jnp.float32) if v is None else v
     x = lags.signed(g if x is None else x, seed, axis)
-    return sums.rows([abs_sq(g), sums.inner(m, g), abs_sq(m), v, x], axis)
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def _details(g, m, v, u, p, least, *, axis):
-    """The sums over rows of what `Shown.details` needs: the last, which has a sketch, is 0."""
-    hits = counted = moving = jnp.zeros((), jnp.float32)
-    if v is not None:
-        shape = [1] * g.ndim
-        if axis is not None:
-            shape[axis] = -1
-        moving = jnp.broadcast_to(v, g.shape) > 0
-        counted = (abs_sq(g) > 0) & moving
-        hits = counted & (abs_sq(m) > least.reshape(shape) * v)
-    param = jnp.float32(jnp.nan) if p is None else abs_sq(p)
-    return sums.rows([abs_sq(g), hits, counted, moving, abs_sq(u), param, jnp.float32(0)], axis)
+    return sums.rows([abs_sq(g), sums.inner(m, g), g == 0, abs_sq(m), v, x], axis)
 
 
 def _new(seen):

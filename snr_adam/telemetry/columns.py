@@ -18,69 +18,17 @@ Batches that are drawn without replacement from N examples have noises that add 
 every product low: to the SNR B / N is added, and a signal is found if the lower end is above 0 after that.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from snr_adam.telemetry._rows import Sums
 
 _SURE = 1.4  # found by either of two, so by each in fewer cases: both together find in 3 % of pure noise
 _BOUND = 1.5  # where only a bound is left to say, it is that of 99.7 %
 _FALLING = 0.75  # while gradients fall, L holds older and larger ones: up to a fifth more than the signal
 _ALL = 1 - 1e-6  # a share of signal above this is all of it, to the rounding of float32
-
-
-OF_LAGS = ("share_sum", "power_sum", "spread", "slack", "above", "least_sum")
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What every column is made of; float64, one entry per row.
-
-    The last six are of `_lags`: S, a, the square of half the width of the interval of S, what it is wider to both sides
-    and above, and the least that S can be. persistent_half: as spread, of L.
-    """
-
-    size: np.ndarray
-    signal_sq: np.ndarray
-    noise_sq: np.ndarray
-    floor_sq: np.ndarray
-    significant: np.ndarray
-    counted: np.ndarray
-    update_sq: np.ndarray
-    param_sq: np.ndarray
-    gradient_sq: np.ndarray
-    persistent: np.ndarray
-    persistent_half: np.ndarray
-    share_sum: np.ndarray
-    power_sum: np.ndarray
-    spread: np.ndarray
-    slack: np.ndarray
-    above: np.ndarray
-    least_sum: np.ndarray
-
-    def pick(self, rows) -> "Sums":
-        return Sums(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
-
-    @staticmethod
-    def join(parts: list["Sums"]) -> "Sums":
-        """The rows of several, one after the other."""
-        return Sums(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Sums)))
-
-    def add(self) -> "Sums":
-        """One row for all. The errors of different rows count as independent, the floor is weighted by the noise."""
-        total = {field.name: _known_sum(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        for key in ("persistent", "persistent_half", *OF_LAGS):
-            total[key] = np.sum(getattr(self, key), keepdims=True)  # unknown for one leaf, unknown for all
-        with np.errstate(divide="ignore", invalid="ignore"):
-            total["floor_sq"] = _known_sum(self.floor_sq * self.noise_sq) / total["noise_sq"]
-        return Sums(**total)
-
-
-def _known_sum(x):
-    """The sum of what is known, nan if nothing is."""
-    return np.where(np.all(np.isnan(x)), np.nan, np.nansum(x, keepdims=True))
 
 
 class _Row(NamedTuple):
@@ -201,6 +149,54 @@ COLUMNS: dict[str, Column] = {
         lambda r: r.sums.persistent,
         "The average of <m^ before the step, g>, the power that gradients agree on over the memory of m. Below 0 they "
         "turn round.",
+    ),
+    "learning_rate": Column(
+        lambda r: r.sums.rate_sum / r.sums.size,
+        "The learning rate of the step looked at, the mean over the elements. Not known of other optimizers without "
+        "`optax.inject_hyperparams`.",
+    ),
+    "effective_rate": Column(
+        lambda r: r.sums.rate_sum / r.sums.size * np.sqrt(r.sums.signal_sq) / np.sqrt(r.sums.noise_sq),
+        "learning_rate * pseudo_snr: how far an element goes in a step, without weight decay.",
+    ),
+    "step_gradient_norm": Column(
+        lambda r: np.sqrt(r.sums.power), "The norm of one gradient, that of the step looked at, as the moments see it."
+    ),
+    "unclipped_norm": Column(
+        lambda r: np.sqrt(r.sums.unclipped_sq),
+        "The same before a guard clipped it; not known where none clips.",
+    ),
+    "clipped": Column(
+        lambda r: r.sums.clipped,
+        "The share of steps whose gradients a guard has clipped, an average; not known where none clips.",
+    ),
+    "cosine": Column(
+        lambda r: r.sums.product / np.sqrt(r.sums.before_sq * r.sums.power),
+        "The cosine between the gradient and m before it. Around 0 in pure noise; below 0 the gradient turns round.",
+    ),
+    "spike": Column(
+        lambda r: r.sums.spike,
+        "By how many standard deviations the log of the gradient's norm, before a guard clips it, exceeds its average; "
+        "not known before 20 looks. Above 6 it is a spike.",
+    ),
+    "spike_step": Column(
+        lambda r: r.sums.spike_step,
+        "The step at which the newest spike began; the layer with the smallest spiked first.",
+    ),
+    "spike_peak": Column(lambda r: r.sums.spike_peak, "The largest spike since spike_step."),
+    "zero_gradients": Column(lambda r: r.sums.zeros / r.sums.size, "The share of elements whose gradient is 0."),
+    "relative_gradient": Column(
+        lambda r: np.sqrt(r.sums.relative_sq / r.sums.size),
+        "Root mean square of g / v^^(1/2), element by element. Well above 1, v has not seen such gradients yet, and "
+        "steps are too large.",
+    ),
+    "largest_gradient": Column(lambda r: r.sums.largest_gradient, "The largest |g| of an element."),
+    "largest_signal": Column(lambda r: r.sums.largest_signal, "The largest |m^| of an element."),
+    "largest_update": Column(lambda r: r.sums.largest_update, "The largest |u| of an element's update u."),
+    "lost_updates": Column(
+        lambda r: r.sums.lost / r.sums.moved,
+        "The share of updates that are lost to rounding, as p + u is p: most of them are below half a unit in the last "
+        "place of the weights as they are stored. `carry_remainder` keeps them.",
     ),
     "noise_scale": Column(
         lambda r: r.scale,

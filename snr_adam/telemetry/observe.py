@@ -25,9 +25,12 @@ sqrt(rho): 0.23 for b1 = .9.
 *Decays* are known: this package's steps say theirs, those of other optimizers are found before the run (`_outside.py`).
 A moment that is no linear average of the gradients has no L, no signal and no floor: they are nan.
 
-*Details*, the share of significant elements and the norms of update and parameters, are no linear sums. On CPU they
-take one more pass, at the first 16 looks and then ever more rarely, down to one in 64. On accelerators, where they
-would cost a branch and 8 bytes per parameter, they are not made.
+*Spikes* (`_spikes`), the cosine of m and g, the learning rate and what a guard has clipped follow from these sums and
+from what the step was given.
+
+*Details* (`_details`), the share of significant elements, the norms of update and parameters, the largest elements and
+what is lost to rounding, are no linear sums. On CPU they take one more pass, at the first 16 looks and then ever more
+rarely, down to one in 64. On accelerators, where they would cost a branch and 8 bytes per parameter, they are not made.
 """
 
 import functools
@@ -44,11 +47,13 @@ from snr_adam._moments import find, kinds_in
 from snr_adam._recipe import with_recipe
 from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _lags as lags
+from snr_adam.telemetry import _spikes as spikes
 from snr_adam.telemetry import _sums as sums
 from snr_adam.telemetry._averages import Last, Memory
-from snr_adam.telemetry._outside import Clipped, Outside, as_computed, averages_of
-from snr_adam.telemetry._seen import Leaf, Shown, observed_in
-from snr_adam.telemetry._state import Watched, blank
+from snr_adam.telemetry._details import details
+from snr_adam.telemetry._outside import Clipped, Outside, as_computed, averages_of, injected_rate
+from snr_adam.telemetry._seen import Leaf, Shown, Taken, observed_in
+from snr_adam.telemetry._state import Watched, blank, means_in, spikes_in
 from snr_adam.transform import ScaleBySnrState
 
 _RAREST = 64
@@ -134,7 +139,7 @@ def observe(
             from_outside(leaves, outer)
         return blank(inner, observed, leaves)
 
-    def shown(leaves, outer, updates, state, inner, out, look, params) -> Shown:
+    def shown(leaves, outer, updates, state, inner, out, look, gate, params) -> Shown:
         """What there is to ask of each observed leaf."""
         before: list[Any] = find(state.inner, outer, leaves)
         after: list[Any] = find(inner, outer, leaves)
@@ -142,6 +147,7 @@ def observe(
         here = {id(x) for x in jax.tree.leaves(inner)}
         us = outer.flatten_up_to(out)
         ps = [None] * len(leaves) if params is None else outer.flatten_up_to(params)
+        rate = injected_rate(inner)
 
         def seen(leaf: Leaf):
             found = look.seen.get(leaf.key)
@@ -154,7 +160,7 @@ def observe(
             counts = [getattr(moments.owner, "count", None) for moments in (old, new)]
             counted = all(getattr(count, "shape", None) == () for count in counts)
             t, ok = (counts[1], counts[1] != counts[0]) if counted else (state.count + 1, True)
-            return Outside(leaves[i], old, new, kinds, us[i], t, ok)
+            return Outside(leaves[i], old, new, kinds, us[i], t, ok, rate, getattr(gate, "scale", None))
 
         those = [leaf.number for leaf in observed]
         return Shown(observed, [seen(leaf) for leaf in observed], [ps[i] for i in those], [us[i] for i in those])
@@ -165,7 +171,7 @@ def observe(
         if look is not None:
             look.seen.update(own.seen)
         leaves, outer = _tree.flatten(updates)
-        step = shown(leaves, outer, updates, state, inner, out, own, params)
+        step = shown(leaves, outer, updates, state, inner, out, own, gate, params)
         t: Any = optax.safe_increment(_tree.checked_count(state.count))
         old = Watched(**{name: getattr(state, name) for name in Watched._fields})
         burst, place = state.count // (lags.BURST * every), state.count % (lags.BURST * every)
@@ -175,15 +181,18 @@ def observe(
         def keep(new, old, where):
             return jax.tree.map(lambda x, y: jnp.where(where, x, y), new, old)
 
-        def after(power, product, first, second, sketches, memory, detail) -> Watched:
+        def after(taken: Taken, memory, detail) -> Watched:
             """The sums after this step, if it is looked at and was finite."""
-            ok = jnp.isfinite(jnp.sum(power))
-            last, persistent = step.numbers(power, product, first, second, Memory(*old.memory), memory)
-            means, square, seen = averages.mean_of(old.means, old.square, old.seen, power, persistent)
-            means, square, seen = keep((means, square, seen), (old.means, old.square, old.seen), ok & (state.count > 0))
+            ok = jnp.isfinite(jnp.sum(taken.power))
+            last, persistent = step.numbers(taken, Memory(*old.memory), memory)
+            means = averages.stack(means_in(old.means))
+            new = averages.mean_of(means, old.square, old.seen, taken.power, persistent, last.scale)
+            means, square, seen = keep(new, (means, old.square, old.seen), ok & (state.count > 0))
+            heights = spikes.after(spikes_in(old.means), taken.power, last.scale, t)
+            means = jnp.concatenate([means, keep(heights, averages.stack(spikes_in(old.means)), ok)])
             last, detailed = detail(last, seen, memory)
             last = keep(averages.stack(last), old.last, ok)
-            sketches = lags.put(old.sketches, sketches, place, ok)
+            sketches = lags.put(old.sketches, taken.sketches, place, ok)
             looked = jnp.where(ok, t, old.looked)
             return Watched(seen, looked, detailed, old.bursts, square, means, old.lags, old.memory, last, sketches)
 
@@ -203,12 +212,12 @@ def observe(
                 stride = jnp.clip(2 ** (28 - jax.lax.clz(jnp.maximum(seen, 8))), 1, _RAREST)
                 kept = last.with_details(Last(*old.last))
                 rare = seen & (stride - 1) == 0
-                made = jax.lax.cond(rare, lambda: step.details(last, memory), lambda: kept)
+                made = jax.lax.cond(rare, lambda: details(step, last, memory), lambda: kept)
                 return made, jnp.where(rare, t, old.detailed)
 
             def look():
                 memory = step.remember(Memory(*old.memory))
-                return burst_after(after(*step.after_the_step(seeds), memory, detail), jax.lax.cond)
+                return burst_after(after(step.after_the_step(seeds), memory, detail), jax.lax.cond)
 
             new, zero = jax.lax.cond(
                 due & step.ok, lambda: (look(), _compiler.not_yet(t)), lambda: (old, jnp.uint32(0))
@@ -230,11 +239,12 @@ def observe(
 
         def inside(take=sums.one_each, beside=new_parameter):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, direct, sketches = step.in_the_step(seeds, take, beside)
+            power, product, zeros, direct, sketches = step.in_the_step(seeds, take, beside)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
-            new = after(power, product, memory.first, second, sketches, memory, lambda last, *_: (last, old.detailed))
+            taken = Taken(power, product, zeros, begun.first, memory.first, second, sketches)
+            new = after(taken, memory, lambda last, *_: (last, old.detailed))
             new = burst_after(new, lambda due, new, old: keep(new(), old(), due))
             new = keep(new, old, due & step.ok)
             return new._replace(memory=keep(averages.stack(memory), old.memory, step.ok)), jnp.uint32(0)

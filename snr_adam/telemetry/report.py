@@ -5,8 +5,9 @@ are the paths of the parameters, read off the tree of the first moment. Numbers 
 never means of ratios: a small layer with a wild ratio does not count more than it weighs.
 
 What each number is stands in `columns`; `print(report.explain())` says it in a sentence each. Some are those of the
-last step that was looked at (`signal` to `floor`), or of the last one at which they were made (`significant` and the
-root mean squares), the others averages.
+last step that was looked at (`signal` to `floor`, `learning_rate` to `zero_gradients` but for `clipped`), or of the
+last one at which they were made (`significant`, the root mean squares and `relative_gradient` to `lost_updates`; on
+accelerators they are not), the others averages.
 """
 
 import dataclasses
@@ -26,8 +27,10 @@ from snr_adam._given import check_known, readable
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
-from snr_adam.telemetry._state import ObserveState
-from snr_adam.telemetry.columns import COLUMNS, OF_LAGS, Sums, columns
+from snr_adam.telemetry._rows import OF_LAGS, SUMS, Sums
+from snr_adam.telemetry._spikes import CALM
+from snr_adam.telemetry._state import ObserveState, means_in, spikes_in
+from snr_adam.telemetry.columns import COLUMNS, columns
 
 _TINY = np.finfo(float).tiny
 
@@ -38,7 +41,7 @@ class Report:
 
     step: the number of steps taken. names: one per row. columns: float64 (L,) each; total: the same keys; nan where
     there is no number. batch_size: what noise scales count in, None for batches. examples: as given to `report`.
-    looked, detailed: the steps of the last look, and of the last one that made `significant` and the root mean squares;
+    looked, detailed: the steps of the last look, and of the last one that made `significant` and other details;
     0 if there was none. window: over about how many steps averages reach back.
     """
 
@@ -94,6 +97,16 @@ class Report:
         made = columns(sums, self.batch_size, self.examples)
         return dataclasses.replace(self, names=tuple(kept), columns=made, sums=sums)
 
+    @property
+    def first_spike(self) -> str | None:
+        """The layer whose gradient spiked first in the newest spikes, None if there was none.
+
+        These are the spikes that began within 20 steps of the last; of those that began at one step, the largest.
+        """
+        began, peak = self.columns["spike_step"], self.columns["spike_peak"]
+        newest = [i for i in range(len(began)) if began[i] >= np.fmax.reduce(began) - CALM]
+        return self.names[min(newest, key=lambda i: (began[i], -peak[i]))] if newest else None
+
     def explain(self) -> str:
         """A sentence for each quantity."""
         return "\n".join(f"{key:17} {column.says}" for key, column in COLUMNS.items())
@@ -148,7 +161,8 @@ class _Part(NamedTuple):
 
 def _read(state: ObserveState) -> _Part:
     names, sizes = _names(state)
-    means, last, lags = Means(*_host(state.means)), Last(*_host(state.last)), Lags(*_host(state.lags))
+    rows, last, lags = _host(state.means), Last(*_host(state.last)), Lags(*_host(state.lags))
+    means, spikes = means_in(rows), spikes_in(rows)
     seen, count, looked, detailed, bursts = (
         int(_host(x)) for x in (state.seen, state.count, state.looked, state.detailed, state.bursts)
     )
@@ -163,14 +177,16 @@ def _read(state: ObserveState) -> _Part:
         error = errors(means, float(_host(state.square)), rhos, decays, newest, seen, count)
     of_lags = found._replace(half=found.half**2)
     lasting = (student(bursts) if bursts else np.nan) * error
-    rows = Sums(
-        sizes, last.signal_sq, last.noise_sq, last.floor_sq, last.significant, last.counted, last.update_sq,
-        last.param_sq, *(x[:-1] for x in (means.gradient_sq, means.persistent, lasting**2, *of_lags)),
-    )  # fmt: skip
+    of_means = {"persistent": means.persistent, "persistent_half": lasting**2, "clipped": means.clipped}
+    of_means |= dict(zip(OF_LAGS, of_lags, strict=True))
+    of_means |= {"spike": spikes.z, "spike_step": spikes.began, "spike_peak": spikes.peak}
+    same = {key: x for key, x in last._asdict().items() if key in SUMS}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        made = {"unclipped_sq": last.power / last.scale**2, "rate_sum": last.rate * sizes}
+    made |= {"gradient_sq": means.gradient_sq[:-1], **{key: x[:-1] for key, x in of_means.items()}}
+    rows = Sums(size=sizes, **same, **made)
     # leaves share examples, so their errors are not independent: the total has its own
-    own = {"persistent": means.persistent, "persistent_half": lasting**2}
-    own |= dict(zip(OF_LAGS, of_lags, strict=True))
-    total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in own.items()})
+    total = dataclasses.replace(rows.add(), **{key: x[-1:] for key, x in of_means.items()})
     window = round(min(seen, WINDOW) * count / seen) if seen else 0
     return _Part(names, rows, total, count, looked, detailed, window)
 

@@ -61,7 +61,7 @@ def metrics(
     batch_size: float | None = None,
     examples: int | None = None,
 ) -> dict[str, float]:
-    """A flat dict of Python floats for any logger: some twenty numbers for the whole model, whatever its size.
+    """A flat dict of Python floats for any logger: some forty numbers for the whole model, whatever its size.
 
     The totals under their names (`snr/signal`, `snr/snr`, ...), and for the corrected SNR, the pseudo-SNR and the share
     of significant elements the 10th, 50th and 90th percentile over layers (`snr/snr_p50`). Where no signal was found
