@@ -57,6 +57,7 @@ nb_output_stderr = "remove-warn"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+smartquotes = False  # code and messages are to be found as they are
 default_role = "py:obj"
 toc_object_entries = False
 copybutton_exclude = ".linenos, .gp, .go"
