@@ -15,8 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent / "examples"), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(HERE))
 
 # kernels of notebooks take no settings of whoever builds, and do not warn of how they are talked to
 KERNEL = Path(tempfile.mkdtemp(prefix="snr_adam_docs"), "profile_default", "ipython_kernel_config.py")
@@ -57,6 +56,7 @@ nb_output_stderr = "remove-warn"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+smartquotes_action = "D"  # dashes; quotes in code and messages are to be found as they are
 default_role = "py:obj"
 toc_object_entries = False
 copybutton_exclude = ".linenos, .gp, .go"

@@ -84,7 +84,7 @@ def _summary(x) -> str:
     if not isinstance(x, type) and not callable(x):
         return ""
     text = re.sub(rf"^{getattr(x, '__name__', '')}\(.*\)$", "", text)  # what dataclass writes where there is none
-    return _escape_table(text)
+    return _escape_table(text.partition(" Args:")[0])
 
 
 def _escape_table(text: str) -> str:
@@ -310,8 +310,9 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    last = text.rsplit(".", 1)[-1]
-    page = _WHERE.get(last) if re.fullmatch(r"[\w.]+", text) else None
+    where, _, last = text.rpartition(".")
+    ours = where.partition(".")[0] in ("", "snr_adam") or f"snr_adam.{where}" in {*MODULES, *EXPLAINED}
+    page = _WHERE.get(last) if ours else None
     if page:
         return f":py:obj:`{text} <{page}>`"
     return f":py:obj:`{text}`" if re.fullmatch(r"[A-Za-z][\w.]*", text) else f"``{text}``"

@@ -3,7 +3,7 @@
 The gradient of a mini-batch is the true gradient plus noise. A numerator turns the sequence g_1 ... g_t of one array
 into an estimate of its mean, the *signal*:
 
-    Gradient   g_t                                                  no memory: RMSProp, plain descent
+    Gradient   g_t                                                   no memory: RMSProp, plain descent
     EMA        m_t / (1 - b1^t),  m_t = b1 m_{t-1} + (1-b1) g_t      Adam (Kingma & Ba 2014, Algorithm 1)
     Mean       the same number, kept as it is used                   with `noise.Spread` (Orvieto & Gower 2025)
     FromFirst  m_t = b1 m_{t-1} + (1-b1) g_t from m_1 = g_1 on       BCOS (Jiang & Xiao 2025)
@@ -20,7 +20,7 @@ Those that keep two arrays are in `twofold.py`. A numerator is a frozen dataclas
 `estimate` is given the memory as it will rest (`storage.py`), so that a step reads what it has stored and nothing
 twice. It leaves the product with the scalar to the caller, whose learning rate joins it: one product per element.
 
-Two more, which the package's own have and telemetry uses where they are there:
+Methods that a signal may have, and which telemetry uses where they are there:
 
     floor(t) -> rho_t                        Var[signal] / Var[g] for independent gradients: what pure noise leaves
     average(numbers) -> Average              how the first array of the memory follows the gradients, if it is linear

@@ -1,4 +1,4 @@
-"""A state that was away: whether it came back as it left.
+"""Fingerprints that tell whether a restored state is bit for bit the saved one.
 
 A run is its parameters and its optimizer's state and nothing else: no hidden step, no key, no clock. Saved and restored
 bit by bit it is the same run. But a disk, a copy or a cast may change a bit without a word, and nothing downstream
@@ -14,7 +14,7 @@ With w_i the i-th 32-bit word of a leaf, mix a bijection of 32-bit words and c o
 
 For a given i each term is a bijection of w_i, so that a change of one word always changes both sums; changes of more
 words pass unseen with probability 2^-64. A sum has no order, so the bits do not depend on how many devices share the
-leaf. It finds accidents; it is no signature, which nobody could forge.
+leaf. It detects corruption, not tampering.
 
 `snr_adam.state.files` saves, restores and verifies with Orbax; `snr_adam.state.migration` moves a run to another
 optimizer.

@@ -1,9 +1,9 @@
-"""Sums over the elements of an array, or of each of its slices along one axis, in as few passes as there can be.
+"""Sums over the elements of an array, or of each of its slices along one axis, in as few passes as possible.
 
 What is summed together is read once. Of the arrays given, the last is summed in another way: into a *sketch* of 128
 numbers, by the place of an element modulo 128, which keeps inner products (`_lags`). So everything is summed over the
 last axis first, and these rows are summed whole or folded. XLA for CPU takes rows side by side but not a flat array in
-parts, so flat arrays are cut into rows. On a mesh the sums come back whole on every device.
+parts, so flat arrays are cut into rows. On a mesh the sums are whole on every device.
 """
 
 import functools
