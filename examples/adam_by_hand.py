@@ -717,8 +717,8 @@ def note():
         ),
         "and the steps turn into a random walk.": (
             "random_walk",
-            f"{walk['early']:.1f}, then {walk['late']:.2f} times as far as one; they do not cease: {walk['step']:.2f} "
-            f"learning rates each",
+            f"{walk['early']:.1f}, then {walk['late']:.2f} times as far as one; half right, they do not cease: "
+            f"{walk['step']:.2f} learning rates each",
         ),
         "eps keeps 0 / 0 away.": (
             "what_eps_does",
