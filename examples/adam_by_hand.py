@@ -196,7 +196,7 @@ def signal_and_noise():
     ticks(right, sizes)
     numbers = {"true": size(each.mean(axis=0)), "noise": predicted[3], "off": np.abs(measured / predicted - 1).max()}
     says = (
-        f"At first the true gradient is {numbers['true']:.2f} long, the noise of a mini-batch of 32 "
+        f"At first the true gradient is {numbers['true']:.2f} long, and the noise of a mini-batch of 32 digits "
         f"{numbers['noise']:.2f}. That noise falls as the root of the number of samples, within {numbers['off']:.0%}."
     )
     return figure, says, numbers
@@ -447,9 +447,9 @@ def random_walk():
     right.set(xlabel="updates", ylabel="weight")
     numbers = {"early": early[-1] / walk[-1], "late": late[-1] / walk[-1], "step": late[0] / RATE}
     says = (
-        f"In 100 updates a typical weight gets {numbers['early']:.1f} times as far as a random walk early in "
-        f"training, and {numbers['late']:.2f} times as far late. The steps do not cease: late ones are "
-        f"{numbers['step']:.2f} learning rates long, as long as the floor of {FLOOR:.2f}."
+        f"Early in training a typical weight gets {numbers['early']:.1f} times as far in 100 updates as in a random "
+        f"walk; late, {numbers['late']:.2f} times. The late steps do not cease: they are {numbers['step']:.2f} "
+        f"learning rates long, like the floor ({FLOOR:.2f})."
     )
     return figure, says, numbers
 
@@ -508,10 +508,11 @@ def why_these_betas():
     noise = dict(zip(long, errors, strict=True))
     says = (
         f"At rate 0.01 the loss after 200 updates is {loss[10]:.2f} with a memory of 10 and {loss[100]:.2f} with 100: "
-        f"old gradients belong to weights that are left. With a memory of 1 it is {loss[1]:.2f}, but it changes by "
-        f"{shake[0]:.4f} an update, with 10 by {shake[1]:.4f}. The noise changes slowly: √v is {noise[1]:.0%} off "
-        f"with a memory of 1, {noise[10]:.0%} with 10, {noise[100]:.0%} with 100, {noise[1000]:.0%} with 1,000. The "
-        f"loss hardly notices: {other[0.9]:.3f} with b2 = 0.9, {other[0.999]:.3f} with 0.999."
+        f"old gradients belong to weights that have changed since. With a memory of 1 it is {loss[1]:.2f}, but it "
+        f"changes by {shake[0]:.4f} an update, with 10 by {shake[1]:.4f}. The noise changes slowly: √v is "
+        f"{noise[1]:.0%} off with a memory of 1, {noise[10]:.0%} with 10, {noise[100]:.0%} with 100, "
+        f"{noise[1000]:.0%} with 1,000. The loss hardly notices: {other[0.9]:.3f} with b2 = 0.9, {other[0.999]:.3f} "
+        "with 0.999."
     )
     return figure, says, {"loss": loss, "shake": shake, "noise": noise, "b2": other}
 
@@ -564,8 +565,8 @@ def sweep():
     plain, ratio = numbers.values()
     says = (
         f"Plain descent does best at a rate of {plain['best']:g} (loss {plain['loss']:.2f}), Adam at "
-        f"{ratio['best']:g} ({ratio['loss']:.2f}). Within 5 % of that end plain descent at {plain['good'][0]:g} to "
-        f"{plain['good'][1]:g}, Adam at {ratio['good'][0]:g} to {ratio['good'][1]:g}."
+        f"{ratio['best']:g} ({ratio['loss']:.2f}). Rates of {plain['good'][0]:g} to {plain['good'][1]:g} and of "
+        f"{ratio['good'][0]:g} to {ratio['good'][1]:g} end within 5 % of that."
     )
     return figure, says, numbers
 
@@ -655,7 +656,7 @@ def hundred_thousand():
     right.set_xticks(range(4), parts, size=8.5)
     says = (
         f"Updates 101 to 1,000 lower the loss by {gains[0]:.3f}, the next 9,000 by {gains[1]:.3f}, the next 90,000 by "
-        f"{gains[2]:.3f}. Then the rate falls to 0, and 10,000 updates gain {gains[3]:.3f}."
+        f"{gains[2]:.3f}. Then the rate falls to 0, and 10,000 updates more lower it by {gains[3]:.3f}."
     )
     return figure, says, {"ends": ends, "gains": gains}
 
@@ -716,8 +717,8 @@ def note():
         ),
         "and the steps turn into a random walk.": (
             "random_walk",
-            f"{walk['early']:.1f}, then {walk['late']:.2f} times as far as one; they do not cease: {walk['step']:.2f} "
-            f"learning rates each",
+            f"{walk['early']:.1f}, then {walk['late']:.2f} times as far as one; half right, they do not cease: "
+            f"{walk['step']:.2f} learning rates each",
         ),
         "eps keeps 0 / 0 away.": (
             "what_eps_does",

@@ -183,7 +183,7 @@ def main(args=None) -> Result:
     result = train(options.epochs, options.samples)
     rate = result.updates / result.seconds
     print(f"{result.updates:,} Adam updates in {result.seconds:.1f} s: {rate:,.0f} per second.")
-    print(f"Loss per epoch: {result.losses[0]:.3f} in the first, {result.losses[-1]:.3f} in the last.")
+    print(f"Loss per epoch: {result.losses[0]:.3f} in the first, {result.losses[-1]:.4f} in the last.")
     print(f"Held-out digits read: {result.accuracy:.1%}.")
     print(told(result))
     print(f"\n{result.reports[-1]}\n")
