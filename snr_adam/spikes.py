@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import optax
 
 from snr_adam import _tree
 from snr_adam._checks import check_fields, check_scalar, check_whole
@@ -102,7 +103,7 @@ class Spikes:
         wrong = ok & ~jnp.isfinite(loss) & (value is not None)
         first = usual.seen == 0
         away = jnp.where(first, away, jnp.clip(away, -reach, reach))
-        seen = usual.seen + there
+        seen = jnp.where(there, optax.safe_increment(usual.seen), usual.seen)
         n = jnp.maximum(seen, 1)
         gain = corrected_gain(decay_at(self.decay, n, jnp.float32), n, jnp.float32)
         mean = usual.mean + gain * away
