@@ -72,6 +72,17 @@ class Spikes:
 
     Raises:
       ValueError, TypeError: for numbers out of range, or another `then`.
+
+    >>> from snr_adam.guard import guard
+    >>> tx, w = guard(optax.sgd(1.0), spikes=Spikes(warmup=3)), jnp.ones(2)
+    >>> state = tx.init(w)
+    >>> for size in (1.0, 1.1, 0.9, 50.0):
+    ...     updates, state = tx.update(size * jnp.ones(2), state, w)
+    >>> print(updates, state.count, state.spikes)
+    [-0. -0.] 3 1
+
+    Reference: Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, arXiv 2504.02507; what differs is in
+    the module.
     """
 
     z: float = 4.0
