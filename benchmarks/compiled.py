@@ -99,6 +99,8 @@ OTHERS = {preset: Step(f"{preset}(1e-3)", preset) for preset in PRESETS if prese
     **{name: Step(f"{name}(1e-3)", name, "gs") for name in ("stable_adamw", "cautious_adamw", "mars")},
     "carry_remainder 16": Step("carry_remainder(adamw(1e-3, storage='packed'), '16')", "carry_remainder 16"),
     "carry_remainder 8": Step("carry_remainder(adamw(1e-3, storage='packed'), '8')", "carry_remainder 8"),
+    "averaged": Step("snr_adam.averaged(adamw(1e-3))", "averaged"),
+    "guard, spikes": Step("guard(adamw(1e-3), clip_norm=1.0, spikes=snr_adam.Spikes())", "guard, spikes", "g"),
     "accumulate": Step("accumulate(adamw(1e-3), 4)", "accumulate"),
     "apply_accumulated": Step(
         "accumulate(adamw(1e-3), 4)", "apply_accumulated", "", "snr_adam.accumulation.apply_accumulated"

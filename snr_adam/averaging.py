@@ -50,7 +50,8 @@ def unused_average(state: AveragedState) -> AveragedState:
 def averaged(tx: optax.GradientTransformation, decay: Hyper = 0.999) -> optax.GradientTransformationExtraArgs:
     """Keeps a moving average of the parameters beside any optimizer; `averaged_params` reads it.
 
-    a_t = a_{t-1} + c_t (w_t - a_{t-1}) with c_t = (1 - b) / (1 - b^t): 4 bytes of state per parameter, 8 moved.
+    a_t = a_{t-1} + c_t (w_t - a_{t-1}) with c_t = (1 - b) / (1 - b^t): 4 bytes of state per parameter, and 8 moved, as
+    `benchmarks/compiled.py` compiles it for an H100 and a TPU v5e.
 
     Args:
       tx: any optimizer; the result replaces it. Its updates and its state are the same bits with and without.

@@ -182,6 +182,7 @@ def guard(
 def _after(state: GuardState, inner, fit, ok, look: Norm, seen, limit: int | None) -> GuardState:
     """fit: finite and not held; ok: taken. A spike that is skipped does not count in a row of bad steps, nor end it."""
     again: Any = optax.safe_increment(state.consecutive)
+    more = optax.safe_increment(state.spikes)
     return GuardState(
         inner=inner,
         skipped=jnp.where(fit, state.skipped, optax.safe_increment(state.skipped)),
@@ -190,7 +191,7 @@ def _after(state: GuardState, inner, fit, ok, look: Norm, seen, limit: int | Non
         last_bad=jnp.where(look.bad < 0, state.last_bad, look.bad),
         norm=jnp.where(look.bad < 0, look.norm.astype(state.norm.dtype), state.norm),
         count=jnp.where(ok, optax.safe_increment(state.count), state.count),
-        spikes=state.spikes if seen is None else state.spikes + (fit & seen.spike),
+        spikes=state.spikes if seen is None else jnp.where(fit & seen.spike, more, state.spikes),
         usual=state.usual if seen is None else seen.usual,
     )
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import optax
 
 from snr_adam import _tree
 from snr_adam._checks import check_fields, check_scalar, check_whole
@@ -71,6 +72,17 @@ class Spikes:
 
     Raises:
       ValueError, TypeError: for numbers out of range, or another `then`.
+
+    >>> from snr_adam.guard import guard
+    >>> tx, w = guard(optax.sgd(1.0), spikes=Spikes(warmup=3)), jnp.ones(2)
+    >>> state = tx.init(w)
+    >>> for size in (1.0, 1.1, 0.9, 50.0):
+    ...     updates, state = tx.update(size * jnp.ones(2), state, w)
+    >>> print(updates, state.count, state.spikes)
+    [-0. -0.] 3 1
+
+    Reference: Kumar et al., ZClip: Adaptive Spike Mitigation for LLM Pre-Training, arXiv 2504.02507; what differs is in
+    the module.
     """
 
     z: float = 4.0
@@ -102,7 +114,7 @@ class Spikes:
         wrong = ok & ~jnp.isfinite(loss) & (value is not None)
         first = usual.seen == 0
         away = jnp.where(first, away, jnp.clip(away, -reach, reach))
-        seen = usual.seen + there
+        seen = jnp.where(there, optax.safe_increment(usual.seen), usual.seen)
         n = jnp.maximum(seen, 1)
         gain = corrected_gain(decay_at(self.decay, n, jnp.float32), n, jnp.float32)
         mean = usual.mean + gain * away

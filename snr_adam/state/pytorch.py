@@ -55,7 +55,7 @@ def from_torch(state_dict: Mapping, like: Any, convert: Callable[[list], Any] | 
     >>> print(state[0].count, state[0].mu["kernel"].ravel())
     3 [1. 2.]
 
-    Reference: torch.optim.Adam, whose state_dict has these names since PyTorch 0.4.
+    Reference: torch.optim.Adam and AdamW; an AdamW(weight_decay=0.01) there is one with that number here.
     """
     check_known("from_torch", like)
     form, like = like, plain(like)
@@ -88,9 +88,12 @@ def from_torch(state_dict: Mapping, like: Any, convert: Callable[[list], Any] | 
 
 
 def _array(x) -> np.ndarray:
-    """A tensor, wherever it lies and in whatever dtype, or an array, as NumPy's; bfloat16 becomes float32."""
+    """A tensor, wherever it lies and in whatever dtype, or an array, as NumPy's; bfloat16 becomes float32.
+
+    A copy, because PyTorch's next step writes into the memory of its tensors.
+    """
     x = x.detach().cpu() if hasattr(x, "detach") else x
-    return np.asarray(x.float() if str(getattr(x, "dtype", "")) == "torch.bfloat16" else x)
+    return np.array(x.float() if str(getattr(x, "dtype", "")) == "torch.bfloat16" else x)
 
 
 def _tree_of(arrays: list, outer, convert):
