@@ -162,7 +162,7 @@ def _compiled(tx, shape=BIG):
     [
         ("snr_adam.adamw", 28, 0),  # g, m and v; rarely, one more pass over g, m, v and p
         ("snr_adam.adamw, packed", 20, 0),
-        ("optax.sgd", 36, 8),  # whose update ends in a product, so it is not made to wait for the look
+        ("optax.sgd", 40, 8),  # whose update ends in a product, so it is not made to wait for the look
     ],
 )
 def test_no_temporaries_and_no_byte_too_many(name, extra, kept):
@@ -182,7 +182,7 @@ def test_memory_grows_with_layers_and_not_with_parameters():
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)._replace(inner=None)))
 
     small, large = [jnp.zeros(3)] * 10, [jax.ShapeDtypeStruct((3000, 3000), jnp.float32)] * 10
-    assert own(small) == own(large) < (40 + 6 * 128) * 11  # sketches of a burst, and some rows
+    assert own(small) == own(large) < (60 + 6 * 128) * 11  # sketches of a burst, and some rows
 
 
 def _sharded(axis_type):
