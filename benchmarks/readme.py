@@ -1,7 +1,9 @@
-"""Writes the README's tables from the JSON in benchmarks/results, so that no number is typed by hand.
+"""Writes the tables of README and docs from the JSON in benchmarks/results, so that no number is typed by hand.
 
-python benchmarks/readme.py            rewrites README.md
-python benchmarks/readme.py --check    fails if README.md is not what the results say
+python benchmarks/readme.py            rewrites the pages
+python benchmarks/readme.py --check    fails if a page is not what the results say
+
+A table stands between two marks, `<!-- storage -->` and `<!-- /storage -->`, on one page, whichever that is.
 """
 
 import json
@@ -294,9 +296,61 @@ def signal_table() -> str:
     )
 
 
-def render(text: str) -> str:
-    """The README with every table between its marks made anew."""
-    tables = {
+def compiled_table(results: dict) -> str:
+    """Bytes moved per parameter by every step, as compiled for accelerators: one leaf, float32 and bfloat16."""
+    rows = [row for row in results["rows"] if row["tree"] == "4096x4096"]
+    found = {(row["step"], row["target"], row["dtype"]): row for row in rows}
+    targets, dtypes = ("h100", "v5e", "v6e"), ("float32", "bfloat16")
+    names = {"h100": "H100", "v5e": "TPU v5e", "v6e": "TPU v6e"}
+    heads = [f"{names[target]}{f', {dtype}' * (target == 'h100')}" for dtype in dtypes for target in targets]
+    lines = ["| step | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for step in dict.fromkeys(row["step"] for row in rows):
+        cells = []
+        for dtype in dtypes:
+            for target in targets:
+                row = found.get((step, target, dtype))
+                less = row is not None and row["moved"] > row["least"] + 0.5
+                cells.append("-" if row is None else f"{row['moved']:.0f}" + (f" ({row['least']:.0f})" if less else ""))
+        if set(cells) != {"-"}:
+            lines.append(f"| `{step}` | " + " | ".join(cells) + " |")
+    machine = results["machine"]
+    return "\n".join(lines) + (
+        "\n\nBytes per parameter to and from the device's memory in one step, of parameters and gradients in the dtype "
+        "named, as XLA compiles it: nothing was run. In brackets what the step's definition needs, where that is less: "
+        "parameters and state read and written, the gradient read, once more what is read before its norm is known. "
+        f"One leaf of 4096 x 4096, jax {machine['jax']}, {machine['date']}. Made by `benchmarks/compiled.py` and "
+        "`benchmarks/readme.py`."
+    )
+
+
+def gpt2_table(results: dict) -> str:
+    """Kernels, temporaries, bytes and seconds to compile of GPT-2's whole tree."""
+    rows = [row for row in results["rows"] if row["tree"] == "gpt2" and row["dtype"] == "float32"]
+    found = {(row["step"], row["target"]): row for row in rows}
+    targets = {"h100": "H100", "v5e": "TPU v5e"}
+    kinds = ("kernels", "temporaries", "moved", "compiled in")
+    heads = [f"{name}: {kinds[0]}" if kind == kinds[0] else kind for name in targets.values() for kind in kinds]
+    lines = ["| step | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for step in dict.fromkeys(row["step"] for row in rows):
+        cells = []
+        for target in targets:
+            row = found[step, target]
+            branch = " + a branch" if row["conditionals"] else ""
+            cells += [f"{row['kernels']}{branch}", f"{row['temporary']:.2f}", f"{row['moved']:.1f}"]
+            cells.append(f"{row['compile_s']:.1f} s")
+        lines.append(f"| `{step}` | " + " | ".join(cells) + " |")
+    machine, shapes = results["machine"], tree_shapes("gpt2")
+    return "\n".join(lines) + (
+        f"\n\nThe {len(shapes)} leaves of GPT-2, {sum(map(math.prod, shapes)) / 1e6:.0f}M parameters in float32; "
+        "temporaries and bytes moved per parameter; seconds to trace, lower and compile on 2 cores of "
+        f"{machine['processor']}. jax {machine['jax']}, {machine['date']}. Made by `benchmarks/compiled.py` and "
+        "`benchmarks/readme.py`."
+    )
+
+
+def tables() -> dict[str, str]:
+    """What stands between the marks of each name."""
+    return {
         "gpu": gpu_table(),
         "chain": chain_table(),
         "signal": signal_table(),
@@ -306,23 +360,31 @@ def render(text: str) -> str:
         "quality": quality_table(load("char_lm")),
         "digits_quality": digits_quality_table(load("quality")),
         "note_run": note_run_table(load("note_run")),
+        "compiled": compiled_table(load("compiled")),
+        "gpt2": gpt2_table(load("compiled")),
     }
-    for mark, table in tables.items():
-        pattern = rf"<!-- {mark} -->.*?<!-- /{mark} -->"
-        text, n = re.subn(
-            pattern, lambda _, t=table, m=mark: f"<!-- {m} -->\n{t}\n<!-- /{m} -->", text, flags=re.DOTALL
-        )
-        if n != 1:
-            raise ValueError(f"README.md has {n} places marked {mark}, expected 1")
-    return text
+
+
+def pages() -> dict[Path, str]:
+    """README and the pages of docs, with every table made anew."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    texts = {path: path.read_text() for path in paths if "generated" not in path.parts}
+    for mark, table in tables().items():
+        whole = re.compile(rf"<!-- {mark} -->.*?<!-- /{mark} -->", re.DOTALL)
+        places = [path for path, text in texts.items() for _ in whole.finditer(text)]
+        if len(places) != 1:
+            raise ValueError(f"README and docs have {len(places)} places marked {mark}, expected 1")
+        made = f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->"
+        texts[places[0]] = whole.sub(lambda _, made=made: made, texts[places[0]])
+    return texts
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is not what benchmarks/results say" if render(text) != text else 0)
-    readme.write_text(render(text))
+    for path, text in pages().items():
+        if text != path.read_text():
+            if "--check" in sys.argv[1:]:
+                sys.exit(f"{path.relative_to(ROOT)} is not what benchmarks/results say: run benchmarks/readme.py")
+            path.write_text(text)
 
 
 if __name__ == "__main__":

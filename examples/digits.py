@@ -7,8 +7,9 @@ two moving averages of it: m of the gradient, in which the noise averages out an
 square, whose root is the *noise*. Every weight moves by learning_rate times their ratio, the SNR.
 
 Here one label in five is wrong. Nobody can predict which, so mini-batches never stop disagreeing: once the digits are
-learned the signal is lost in a noise that stays. The SNR then falls to a floor, and not to 0, because the
-average of finitely many noisy numbers is never quite 0. With --clean all labels are right: then the noise falls too.
+learned the signal is lost in a noise that even grows, for the more certain the network is, the harder the wrong labels
+pull. The SNR then falls to a floor, and not to 0, because the average of finitely many noisy numbers is never quite 0.
+With --clean all labels are right: then the noise falls too.
 
     python3 -m uv run examples/digits.py                          two tables, and the picture build/digits.png
     python3 -m uv run examples/digits.py --clean                  the same with right labels only
@@ -34,7 +35,7 @@ from snr_adam.telemetry import plots
 # Signal and noise both remember about 1 / (1 - BETA) = 20 updates. With the usual b2 = .999 the noise would remember
 # 1,000: as long as gradients change, it would tell of a time that is over, and the SNR misleads.
 BETA = 0.95
-RATES = {"Adam": 0.002, "gradient descent": 0.1}  # learning rates, near the best for each
+RATES = {"Adam": 0.002, "gradient descent": 0.1}  # learning rates with which the two learn equally fast
 BATCH, HELD_OUT, WRONG = 32, 360, 0.2
 
 
@@ -97,6 +98,7 @@ def train(name: str, tx: optax.GradientTransformation, wrong: float, epochs: int
 def draw(runs: dict[str, Run], epochs: int, wrong: float, out: Path) -> None:
     """Three panels: loss, signal and noise, SNR."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     left, middle, right = figure.subplots(1, 3)
     n = len(runs["Adam"].loss) // epochs
     for (name, run), style in zip(
@@ -114,8 +116,14 @@ def draw(runs: dict[str, Run], epochs: int, wrong: float, out: Path) -> None:
     plots.snr(runs["Adam"].reports, axes=right)
     middle.set_ylim(0, 1.35 * middle.dataLim.ymax)
     right.set_ylim(0, 1)
-    second = "The signal is lost in the noise" if wrong else "Signal and noise fall"
-    titles = "1  Both learn", f"2  {second}", "3  The SNR falls to its floor"
+    noise, signal, *_ = middle.get_lines()
+    noise.set_label("gradient noise of a mini-batch")
+    signal.set_label("gradient signal, as estimated")
+    late = [report.total["pseudo_snr"] for report in runs["Adam"].reports[-max(epochs // 4, 1) :]]
+    note = f"{np.mean(late):.2f} on average in the last quarter;\nsingle readings vary to both sides"
+    right.text(1, 0.84, note, ha="right", va="top", transform=right.transAxes)
+    first, second = ("equally fast", "The signal is lost in the noise") if wrong else ("", "Signal and noise fall")
+    titles = f"1  Both learn {first}".rstrip(), f"2  {second}", "3  The SNR falls to its floor"
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set(xlabel=f"updates (mini-batches of {BATCH} digits)", xlim=(0, n * epochs))
         axes.set_title(title, weight="bold")

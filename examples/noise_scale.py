@@ -194,7 +194,7 @@ def main(args=None) -> list[Look]:
     draw(looks, options.out)
     print(table(looks))
     print(closing(looks))
-    print("\nAdvice, from the mean SNR of the whole run:")
+    print("\nAdvice, from the noise scale of the whole run:")
     whole = over_run(snr_adam.History(look.report for look in looks), BATCH)
     last = looks[-1].report.total
     persistence = last["persistence_low"], last["persistence_high"]

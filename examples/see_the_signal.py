@@ -30,6 +30,7 @@ SIZE = Size(width=64, batch=16, layers=4)
 STEPS, EVERY = 400, 5
 # Signal and noise remember equally long: with a longer b2 the noise would tell of a time that is over.
 RATE, BETA = 1e-3, 0.95
+TITLE = "Signal in every layer, then in few, then in more again"  # so it is after STEPS
 GROUPS = {
     "query, key": "attention/(query|key)",
     "value, out": "attention/(value|out)",
@@ -69,7 +70,10 @@ def main(args=None, size: Size = SIZE) -> list[snr_adam.telemetry.Report]:
     print(f"{table}\n\nloss {losses[0]:.2f} at first, {losses[-EVERY:].mean():.2f} at last, in nats per byte")
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    plots.heat_map(reports).figure.savefig(options.out)
+    picture = plots.heat_map(reports)
+    picture.set_title(TITLE if options.steps == STEPS else "Every layer over time", weight="bold")
+    picture.set_xlabel("steps (updates); darkest: at the floor, which is what pure noise shows, or below it")
+    picture.figure.savefig(options.out)
     print(f"the heat map is in {options.out.resolve()}")
     if options.json:
         options.json.write_text(

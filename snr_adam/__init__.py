@@ -11,10 +11,12 @@ the descent does with their ratio.
                adam_atan2, adamc, adamh, adams, bcos, cautious_adamw, laprop, mars, msvag, stable_adamw: Optax has none
     build      scale_by_snr, descend: the same from parts (snr_adam.parts), for use in optax.chain; scale_by_adam: the
                former from Adam's numbers
-    protect    guard, health: skip steps that are not finite, clip the others; check_hyperparams: traced numbers too
+    protect    guard, health: skip steps that are not finite, clip the others; Spikes: skip or clip sudden large ones;
+               check_hyperparams: traced numbers too
                accumulate: one step for several microbatches;  carry_remainder: train bfloat16 weights as float32 ones
+               averaged, averaged_params: a moving average of the weights, to evaluate with
     see        observe, report, metrics, History: the signal-to-noise ratio of every layer (snr_adam.telemetry)
-    keep       from_optax, to_optax: go on with the state of another optimizer (snr_adam.state)
+    keep       from_optax, to_optax: go on with the state of another optimizer; in snr_adam.state: from_torch, ...
 """
 
 from snr_adam import parts as parts
@@ -22,6 +24,7 @@ from snr_adam import state as state
 from snr_adam import telemetry as telemetry
 from snr_adam._checks import check_hyperparams
 from snr_adam.accumulation import accumulate
+from snr_adam.averaging import averaged, averaged_params
 from snr_adam.guard import guard, health
 from snr_adam.optimizers import (
     adabelief,
@@ -43,6 +46,7 @@ from snr_adam.optimizers import (
     yogi,
 )
 from snr_adam.precision import carry_remainder
+from snr_adam.spikes import Spikes
 from snr_adam.state import from_optax, to_optax
 from snr_adam.telemetry import History, metrics, observe, report
 from snr_adam.transform import descend, scale_by_snr
@@ -63,6 +67,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "History",
+    "Spikes",
     "accumulate",
     "adabelief",
     "adam",
@@ -76,6 +81,8 @@ __all__ = [
     "ademamix",
     "adopt",
     "amsgrad",
+    "averaged",
+    "averaged_params",
     "bcos",
     "carry_remainder",
     "cautious_adamw",
@@ -111,6 +118,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("round_stochastically", "whole_weights", "CarryRemainderState"), "snr_adam.precision"),
     **dict.fromkeys(("apply_accumulated", "AccumulateState"), "snr_adam.accumulation"),
     **dict.fromkeys(("GuardState", "Health"), "snr_adam.guard"),
+    "AveragedState": "snr_adam.averaging",
     "ScaleBySnrState": "snr_adam.transform",
     "plots": "snr_adam.telemetry",
     "files": "snr_adam.state",

@@ -39,14 +39,16 @@ def seeds_at(count, arrays: int) -> list[Seed]:
     return [Seed(before ^ x, between ^ y) for x, y in zip(given[::2], given[1::2], strict=True)]
 
 
-def element_index(shape: tuple[int, ...]) -> jax.Array:
-    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32."""
+def element_index(shape: tuple[int, ...], first: jax.Array | None = None) -> jax.Array:
+    """Each element's place in row-major order, also in a sharded array its place in the whole; uint32, modulo 2^32.
+
+    first: a uint32 to start from (or several, along axes before those of the shape), times the size; 0 if None."""
     check_sizes("stochastic rounding numbers the elements of an array, whose sizes must be known", shape, 1)
-    index = jnp.zeros((), jnp.uint32)
+    index = None if first is None else first.reshape(first.shape + (1,) * len(shape))
     for axis, size in enumerate(shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index = index * np.uint32(size % 2**32) + place if axis else place
-    return index
+        place = jax.lax.broadcasted_iota(jnp.uint32, shape[: axis + 1] + (1,) * (len(shape) - axis - 1), axis)
+        index = place if index is None else index * np.uint32(size % 2**32) + place
+    return jnp.zeros((), jnp.uint32) if index is None else index
 
 
 def random_bits(shape: tuple[int, ...], stream: int, seed: Seed) -> jax.Array:

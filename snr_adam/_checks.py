@@ -49,6 +49,10 @@ _MEASURED = Range(
 _LENGTH = Range(
     "a finite number >= 4, the length from which on the noise has a variance", lambda x, f: (x >= 4) & (x < math.inf)
 )
+_SPREADS = Range(
+    "a finite number >= 2, from which on a lasting change of level is soon taken",
+    lambda x, f: (x >= 2) & (x < math.inf),
+)
 
 _PLAIN = (
     "learning_rate",
@@ -67,6 +71,7 @@ RANGES = {
     **dict.fromkeys(("eps", "peak", "height", "width"), _POSITIVE),
     "clip_norm": _MEASURED,
     "threshold": _LENGTH,
+    "z": _SPREADS,
 }
 _OF_PARTS = {**RANGES, "eps": _NOT_LOST}  # a part may leave eps to its eps_root, or to `_numerics.root`
 MASKS = ("mask", "normalized", "ball")  # arguments that say yes or no to each parameter

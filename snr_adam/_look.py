@@ -61,6 +61,11 @@ class Seen(NamedTuple):
         """The gradient as the moments saw it."""
         return self.rule.seen(self.given(), self.old, self.numbers, self.dtype)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether that holds some of the gradient of the step before."""
+        return self.rule.corrects
+
     def kind(self) -> tuple:
         """What two arrays of one step have in common if their sums may be taken together."""
         shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((self.source, self.old, self.new))]

@@ -114,6 +114,12 @@ def may_change(b: Hyper) -> bool:
     return not isinstance(b, (int, float, np.generic, np.ndarray))
 
 
+def corrected_gain(k: Decay, t: jax.Array, dtype) -> jax.Array:
+    """c_t, the gain of an average that is kept corrected; 1 at t = 1."""
+    gain = k.gain * k.debias
+    return jnp.where((t == 1) | (gain > 1.0), 1.0, gain).astype(dtype)  # no minimum: at a tie it has half a derivative
+
+
 def kept_at(b: Hyper, t: jax.Array, dtype, corrected: bool = True, initial: Scalar = 0.0) -> Decay:
     """The numbers of an average as it is kept at step t: corrected where b may change and a correction is wanted."""
     k = decay_at(b, t, dtype)
@@ -121,11 +127,9 @@ def kept_at(b: Hyper, t: jax.Array, dtype, corrected: bool = True, initial: Scal
         return k
     if not corrected:
         return k._replace(debias=0.0)
-    first = t == 1
-    gain = k.gain * k.debias
-    gain = jnp.where(first | (gain > 1.0), 1.0, gain).astype(dtype)  # no minimum: at a tie it has half a derivative
+    gain = corrected_gain(k, t, dtype)
     known = isinstance(initial, (int, float)) and initial == 0
-    start = None if known else jnp.where(first, (1.0 - k.gain) * k.debias, 0.0).astype(dtype)
+    start = None if known else jnp.where(t == 1, (1.0 - k.gain) * k.debias, 0.0).astype(dtype)
     return Decay(gain, 1.0, k.log, 1.0 / k.debias, start)
 
 
@@ -195,7 +199,8 @@ def saturate(x: jax.Array, scale: Scalar = 1.0) -> jax.Array:
     """
     if jnp.iscomplexobj(x):
         return jax.lax.complex(saturate(x.real, scale), saturate(x.imag, scale))
-    return within(x, jnp.asarray(largest(x.dtype) * scale, x.dtype))
+    limit = largest(x.dtype) * scale
+    return within(x, np.asarray(limit, x.dtype) if isinstance(limit, float) else jnp.asarray(limit, x.dtype))
 
 
 def root(v: jax.Array, eps: Scalar = 0.0) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Steps that must not be taken: gradients that are not finite, and gradients that are too long.
+"""Steps that must not be taken: gradients that are not finite, gradients that are too long, and sudden spikes.
 
 One NaN among the gradients makes the moments NaN and the run useless. `guard` looks at all gradients first, once, and
 its verdict enters the step as two scalars: whether to take it, and what to multiply the gradients with.
@@ -6,6 +6,7 @@ its verdict enters the step as two scalars: whether to take it, and what to mult
     S = sum of |g|^2 over all leaves                   one read of the gradients
     taken = no g is NaN or infinite                    a bad step changes nothing but the guard's own counters
     g := g min(1, clip_norm / sqrt(S))                 clipping by the global norm (Pascanu et al. 2013)
+    spike = log sqrt(S) is far above its usual value   skipped or clipped where asked for, see `spikes.py`
 
 S is the sum for gradients cut off at +-2^56 = 7.2e16 (`_numerics.saturate`), as the step will see them, and summed in
 units of 2^8. So 2^31 of them cannot overflow and erase a step, and it is NaN only where a gradient is not finite: one
@@ -22,17 +23,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from snr_adam import _tree
-from snr_adam._checks import check_hyperparams, check_optimizer, check_whole
-from snr_adam._compiler import one_by_one
-from snr_adam._derivatives import sqrt
+from snr_adam._checks import check_hyperparams, check_optimizer, check_whole, in_range
 from snr_adam._given import check_known, plain, readable
 from snr_adam._moments import leaf_names
-from snr_adam._numerics import Scalar, compute_dtype, largest, widen
+from snr_adam._norm import Norm, is_place, is_real, norm_of
+from snr_adam._numerics import Hyper, compute_dtype, widen
 from snr_adam._recipe import with_recipe
+from snr_adam.spikes import Spikes, Usual, nothing_yet
 from snr_adam.step import OPEN, Gate
 
 
@@ -42,7 +42,8 @@ class GuardState(NamedTuple):
 
     skipped: int32, steps not taken; consecutive: int32, those since the last one that was; holding: bool, whether
     `max_consecutive` was reached; last_bad: int32, number of the first leaf that was not finite in the last bad step,
-    -1 before; norm: global norm of the last finite gradients, before clipping.
+    -1 before; norm: global norm of the last finite gradients, before clipping; count: int32, steps taken; spikes:
+    int32, steps that were finite and skipped or clipped as spikes; usual: what a spike is measured against.
     """
 
     inner: Any
@@ -51,67 +52,23 @@ class GuardState(NamedTuple):
     holding: Any
     last_bad: Any
     norm: Any
+    count: Any
+    spikes: Any
+    usual: Any
 
 
-class _Look(NamedTuple):
-    """What one look at all gradients tells: the number of the first bad leaf, -1 if there is none, and their norm."""
-
-    bad: Any
-    norm: Any
-
-
-def _is_place(x) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
+def unused_guard(state: GuardState) -> GuardState:
+    """A guard around the same inner state that has seen nothing yet."""
+    zeros = jax.tree.map(jnp.zeros_like, state._replace(inner=()))
+    return zeros._replace(inner=state.inner, last_bad=zeros.last_bad - 1)
 
 
-def _look(leaves: list) -> _Look:
-    """`leaves` has an entry for each that is None or masked too: they count."""
-    gs = [_tree.jax_array(g) if not _is_place(g) and _is_real(g) else None for g in leaves]
-    numbers = [i for i, g in enumerate(gs) if not _is_place(leaves[i])]
-    gs = [gs[i] for i in numbers]
-    dtype, one = compute_dtype(*(g for g in gs if g is not None)), jnp.float32(1.0)
-    squares = [jnp.zeros((), dtype)]
-    for g in gs:
-        g, one = one_by_one(g, one)
-        squares.append(jnp.zeros((), dtype) if g is None else _square(g, one, dtype))
-    squares = jnp.stack(squares)
-    bad = jnp.isnan(squares)
-    first = jnp.where(jnp.any(bad), jnp.argmax(bad), 0).astype(jnp.int32) - 1
-    if numbers != list(range(len(numbers))):
-        first = jnp.asarray([-1, *numbers], jnp.int32)[first + 1]
-    return _Look(first, sqrt(jnp.sum(squares)) * _unit(dtype))
-
-
-def _is_real(g) -> bool:
-    """Whether there is anything to look at: integers and the float0 beside them are finite."""
-    return jnp.issubdtype(jnp.result_type(g), jnp.inexact)
-
-
-def _unit(dtype) -> float:
-    """What gradients are measured in before they are squared, so that 2^31 squares of the largest have a finite sum."""
-    return 2.0 ** (jnp.finfo(dtype).maxexp // 16)
-
-
-def _square(g, one, dtype):
-    """|g|^2 of a whole leaf, cut off, in the units of `dtype`: finite if all of g is, else NaN.
-
-    g - g is 0, or NaN where g is not finite. XLA's reductions on a CPU take in arithmetic and min, but no select and no
-    clamp: those would first write an array as large as the leaf.
-    """
-    if jnp.iscomplexobj(g):
-        return _square(g.real, one, dtype) + _square(g.imag, one, dtype)
-    g = widen(g)
-    one = one.astype(g.dtype)
-    x = jnp.minimum(jnp.abs(g), largest(g.dtype) * one) + (g - g)
-    x = x * (one / _unit(g.dtype))
-    return jnp.sum(x * x).astype(dtype) * (_unit(g.dtype) / _unit(dtype)) ** 2
-
-
-def _scale(norm, clip_norm: Scalar | None):
-    """min(1, clip_norm / norm), exactly 1 for gradients that are short enough; None without clipping."""
-    if clip_norm is None:
+def _scale(norm, *limits):
+    """min(1, limit / norm), exactly 1 for gradients that are short enough; None without a limit."""
+    known = [jnp.asarray(limit, norm.dtype) for limit in limits if limit is not None]
+    if not known:
         return None
-    clip = jnp.asarray(clip_norm, norm.dtype)
+    clip = functools.reduce(jnp.minimum, known)
     long = norm > clip
     return jnp.where(long, clip / jnp.where(long, norm, 1.0), 1.0)
 
@@ -121,7 +78,7 @@ def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
     gate = Gate(ok, scale)
 
     def scaled(g):
-        if g is None or scale is None or not _is_real(g):
+        if g is None or scale is None or not is_real(g):
             return g
         x = _tree.jax_array(g)
         x = gate.scaled(widen(x)).astype(x.dtype)
@@ -136,7 +93,10 @@ def _passed_on(updates, ok, scale, outer: Gate) -> tuple[Any, Gate]:
 
 @with_recipe
 def guard(
-    tx: optax.GradientTransformation, clip_norm: Scalar | None = None, max_consecutive: int | None = None
+    tx: optax.GradientTransformation,
+    clip_norm: Hyper | None = None,
+    max_consecutive: int | None = None,
+    spikes: Spikes | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose gradients are not finite, and clips the others by their global norm.
 
@@ -146,17 +106,19 @@ def guard(
     Args:
       tx: any optimizer. One of this package costs one more read of the gradients and no memory, in whatever it is
         wrapped; of what belongs to other optimizers, the old state is kept beside the new one for a moment.
-      clip_norm: largest global norm of the gradients; longer ones are scaled to it. A float or a scalar array; None
-        for no clipping.
+      clip_norm: largest global norm of the gradients; longer ones are scaled to it. A float, a scalar array, or a
+        schedule of the number of steps taken; None for no clipping.
       max_consecutive: after so many skipped steps in a row something is broken for good, and the guard holds: it skips
         every step, finite ones too, until its state's `holding` is set to False. None never gives up.
+      spikes: what is to be taken for a spike, and whether to skip or to clip it, for example `Spikes(z=4.0)`. Its
+        norm is the one that clipping takes: no further read of the gradients. None for no such look.
 
     Returns:
       A transformation with state `GuardState`. `health(state, params)` puts it into words. Inside of `jax.shard_map`
       norm and verdict are those of the device's shard: take the step outside of it.
 
     Raises:
-      TypeError: if `tx` is no optimizer.
+      TypeError: if `tx` is no optimizer, or `spikes` no `Spikes`.
       ValueError: if `clip_norm` is not positive or `max_consecutive` is under 1.
 
     >>> tx = guard(optax.sgd(1.0), clip_norm=1.0)
@@ -172,19 +134,16 @@ def guard(
     Algorithm 1; Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.2, for skipping.
     """
     inner = check_optimizer("guard", tx)
-    if callable(clip_norm):
-        raise TypeError(
-            f"guard: clip_norm={clip_norm!r:.80} is a function: a guard counts no steps, so give a number, or inject a "
-            "schedule with optax.inject_hyperparams(lambda clip: guard(tx, clip))(schedule)"
-        )
     check_hyperparams(clip_norm=clip_norm)
+    if spikes is not None and not isinstance(spikes, Spikes):
+        raise TypeError(f"guard: spikes={spikes!r:.80}: give snr_adam.Spikes(), or None not to look for any")
     if max_consecutive is not None:
         max_consecutive = check_whole("guard: max_consecutive", max_consecutive, 1, ", or None to never give up")
 
     def init(params):
         leaves, _ = _tree.flatten(params)
         _tree.check_arrays("guard: parameter", params, leaves)
-        numbers = [_tree.jax_array(p) for p in leaves if p is not None and _is_real(p)]
+        numbers = [_tree.jax_array(p) for p in leaves if p is not None and is_real(p)]
         new = functools.partial(_tree.new_scalar, leaves)
         return GuardState(
             inner=inner.init(params),
@@ -193,17 +152,25 @@ def guard(
             holding=new(jnp.zeros((), bool)),
             last_bad=new(jnp.int32(-1)),
             norm=new(jnp.zeros((), compute_dtype(*numbers))),
+            count=new(jnp.int32(0)),
+            spikes=new(jnp.int32(0)),
+            usual=Usual(*map(new, nothing_yet())),
         )
 
     def update(updates, state, params=None, *, gate: Gate = OPEN, **extra_args):
         _tree.check_arrays("guard: gradient", updates, _tree.flatten(updates)[0])
-        outer, look = gate, _look(jax.tree.leaves(updates, is_leaf=_is_place))
-        ok = (look.bad < 0) & ~state.holding & outer.ok
-        given, gate = _passed_on(updates, ok, _scale(look.norm, clip_norm), outer)
+        outer, look = gate, norm_of(jax.tree.leaves(updates, is_leaf=is_place))
+        fit = (look.bad < 0) & ~state.holding & outer.ok
+        ok, seen, longest = fit, None, None
+        if spikes is not None:
+            seen = spikes.judge(state.usual, look.norm, extra_args.get("value", extra_args.get("loss")), fit)
+            ok, longest = (fit & ~seen.spike, None) if spikes.then == "skip" else (fit, seen.limit)
+        clip = in_range("clip_norm", clip_norm)(state.count) if callable(clip_norm) else clip_norm
+        given, gate = _passed_on(updates, ok, _scale(look.norm, clip, longest), outer)
         us, new = inner.update(given, state.inner, params, gate=gate, **extra_args)
         new = gate.choose(new, state.inner)
-        us = jax.tree.map(lambda u: jnp.where(ok, u, -jnp.zeros_like(u)) if _is_real(u) else u, us)
-        after = _after(state, new, ok, look, max_consecutive)
+        us = jax.tree.map(lambda u: jnp.where(ok, u, -jnp.zeros_like(u)) if is_real(u) else u, us)
+        after = _after(state, new, fit, ok, look, seen, max_consecutive)
         if outer is not OPEN:  # a guard around this one: its verdict was part of the gate, and has been seen to
             after = outer.choose(after._replace(inner=()), state._replace(inner=()))._replace(inner=new)
             outer.held.append(after)
@@ -212,15 +179,19 @@ def guard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _after(state: GuardState, inner, ok, look: _Look, limit: int | None) -> GuardState:
-    consecutive = jnp.where(ok, 0, optax.safe_increment(state.consecutive))
+def _after(state: GuardState, inner, fit, ok, look: Norm, seen, limit: int | None) -> GuardState:
+    """fit: finite and not held; ok: taken. A spike that is skipped does not count in a row of bad steps, nor end it."""
+    again: Any = optax.safe_increment(state.consecutive)
     return GuardState(
         inner=inner,
-        skipped=jnp.where(ok, state.skipped, optax.safe_increment(state.skipped)),
-        consecutive=consecutive,
-        holding=state.holding if limit is None else state.holding | (consecutive >= limit),
+        skipped=jnp.where(fit, state.skipped, optax.safe_increment(state.skipped)),
+        consecutive=jnp.where(ok, 0, jnp.where(fit, state.consecutive, again)),
+        holding=state.holding if limit is None else state.holding | (~fit & (again >= limit)),
         last_bad=jnp.where(look.bad < 0, state.last_bad, look.bad),
         norm=jnp.where(look.bad < 0, look.norm.astype(state.norm.dtype), state.norm),
+        count=jnp.where(ok, optax.safe_increment(state.count), state.count),
+        spikes=state.spikes if seen is None else state.spikes + (fit & seen.spike),
+        usual=state.usual if seen is None else seen.usual,
     )
 
 
@@ -232,15 +203,18 @@ class Health(NamedTuple):
     holding: bool
     last_bad: str | None
     norm: float
+    spikes: int = 0
 
     def __str__(self) -> str:
+        kinds = "1 spike" if self.spikes == 1 else f"{self.spikes} spikes"
+        spikes = f"; {kinds} in norm or loss, skipped or clipped" if self.spikes else ""
         if not self.skipped:
             norm = f"{self.norm:.3g}" if self.norm else "0 (no gradient so far, or all under 2.8e-17)"
-            return f"no step skipped; gradient norm {norm}"
+            return f"no {'non-finite ' if spikes else ''}step skipped{spikes}; gradient norm {norm}"
         steps = "1 step" if self.skipped == 1 else f"{self.skipped} steps"
         now = f" ({self.consecutive} in a row until now)" if self.consecutive else ""
         hold = "; HOLDING: no step is taken until the state's `holding` is set to False" if self.holding else ""
-        return f"{steps} skipped{now}; last non-finite gradient: {self.last_bad}{hold}"
+        return f"{steps} skipped{now}; last non-finite gradient: {self.last_bad}{spikes}{hold}"
 
 
 def health(state, params) -> Health:
@@ -264,9 +238,10 @@ def health(state, params) -> Health:
         raise ValueError(
             f"expected an optimizer state with one GuardState, found {len(found)}: pass the guard's own state"
         )
-    skipped, consecutive, holding, last_bad, norm = (np.asarray(x) for x in jax.device_get(found[0][1:]))
-    name = _name_of(int(last_bad), found[0], state, plain(params)) if last_bad >= 0 else None
-    return Health(int(skipped), int(consecutive), bool(holding), name, float(norm))
+    seen = jax.device_get(found[0]._replace(inner=()))
+    name = _name_of(int(seen.last_bad), found[0], state, plain(params)) if seen.last_bad >= 0 else None
+    counts = int(seen.skipped), int(seen.consecutive)
+    return Health(*counts, bool(seen.holding), name, float(seen.norm), int(seen.spikes))
 
 
 def _name_of(number: int, guarded: GuardState, state, params) -> str:

@@ -475,6 +475,9 @@ def lamb(
 ) -> Tx:
     """LAMB: AdamW whose step has, parameter by parameter, the norm of the parameter. Args: as `adamw`.
 
+    The norms come before the update: 40 bytes per float32 parameter where `adamw` moves 28, as
+    `benchmarks/compiled.py` compiles both for an H100; 36 for a TPU v5e.
+
     Reference: You et al., Large Batch Optimization for Deep Learning, arXiv 1904.00962, Algorithm 2.
     """
     return with_parts(

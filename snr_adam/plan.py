@@ -1,7 +1,7 @@
 """A plan on paper: what a step costs on a cluster that is not there yet.
 
     python -m snr_adam.plan --params 70e9 --devices 256 --hardware h100
-    python -m snr_adam.plan --update docs/scale.md                         makes that file's tables
+    python -m snr_adam.plan --update docs/how_to/many_devices.md           makes that file's tables
 
 Per device, for N parameters on D devices. p and g are the bytes of a parameter and of a gradient, w those of each array
 that the storage keeps per parameter: 4 and 4 ("float32"), 2 and 2 ("bfloat16"), 4 ("packed"). P, G and S are the shares
@@ -32,7 +32,7 @@ STORAGES = {"float32": (4, 4), "bfloat16": (2, 2), "packed": (4,)}
 SHARDINGS = ("replicated", "zero1", "fsdp")
 BYTES = {"float32": 4, "bfloat16": 2}
 UTILISATION = 0.4
-SCALE = ((1e9, 70e9, 1e12), (8, 256, 16384))  # parameters and devices of the tables in docs/scale.md
+SCALE = ((1e9, 70e9, 1e12), (8, 256, 16384))  # parameters and devices of the tables in docs/how_to/many_devices.md
 
 
 class Hardware(NamedTuple):
@@ -160,7 +160,7 @@ def _time(seconds: float) -> str:
 
 
 def scale(text: str, dtype: str = "bfloat16", hardware: str = "h100", tokens: int = 8192) -> str:
-    """The text of docs/scale.md with its tables made anew.
+    """The text of docs/how_to/many_devices.md with its tables made anew.
 
     Raises:
       ValueError: if the text has not exactly one pair of marks.
@@ -171,7 +171,7 @@ def scale(text: str, dtype: str = "bfloat16", hardware: str = "h100", tokens: in
     ]
     note = (
         f"Per device: {HARDWARE[hardware].source}. Parameters and gradients are {dtype}, {tokens:,} tokens per device "
-        "and step. Made by `python -m snr_adam.plan --update docs/scale.md`."
+        "and step. Made by `python -m snr_adam.plan --update docs/how_to/many_devices.md`."
     )
     new = "\n\n".join([note, *parts])
     text, found = re.subn(

@@ -242,7 +242,7 @@ def descend(
     Returns:
       A transformation with state `ScaleBySnrState`; `update` needs `params` if there is weight decay or a trust ratio.
       A leaf whose gradient is None rests, while the one count of all leaves goes on: thawed later it steps as after
-      gradients of 0, at first (1 - b1) / sqrt(1 - b2) = 3.2 learning rates; see docs/wrappers.md.
+      gradients of 0, at first (1 - b1) / sqrt(1 - b2) = 3.2 learning rates; see docs/how_to/order_of_wrappers.md.
 
     Raises:
       ValueError, TypeError: as `scale_by_snr`, and if `params` is needed and missing.

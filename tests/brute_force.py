@@ -17,8 +17,10 @@ import optax
 from sklearn.datasets import load_digits
 
 import snr_adam
+from snr_adam.telemetry import _averages as averages
 from snr_adam.telemetry import _lags as lags
 
+B1 = 0.9
 LOOKS = (40, 80, 160, 320)
 RATES, BATCHES = (3e-4, 1e-3, 3e-3, 1e-2), (16, 64, 256)
 
@@ -74,11 +76,16 @@ def convolutional() -> Workload:
             "head": _dense(keys[2], 32, 10),
         }
 
+    def convolved(x, kernel):
+        """Stride 2, as one product: XLA is slow at convolutions whose kernels differ from run to run."""
+        n, x = x.shape[0], jnp.pad(x, ((0, 1), (0, 1), (0, 0)))
+        patches = [x[i : i + n - 1 : 2, j : j + n - 1 : 2] for i, j in itertools.product(range(3), repeat=2)]
+        return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
     def loss(p, x, y):
-        x = x.reshape(1, 8, 8, 1)
+        x = x.reshape(8, 8, 1)
         for kernel in (p["a"], p["b"]):
-            x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            x = jax.nn.relu(x)
+            x = jax.nn.relu(convolved(x, kernel))
         return _cross_entropy(_mlp(p["head"], x.reshape(-1)), y)
 
     return Workload(init, loss, _digits(0.1, 400))
@@ -142,8 +149,8 @@ WORKLOADS = {
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 @functools.partial(jax.vmap, in_axes=(*[None] * 6, 0, 0))
 def _run(init, loss, batch, steps, every, data, rate, key):
-    """Signal and noise power at every step, and the states of the run after it."""
-    tx = snr_adam.observe(snr_adam.adam(rate), every)
+    """Power of signal and noise, <m^, G> before the step, at every step; and the states of the run after it."""
+    tx = snr_adam.observe(snr_adam.adam(rate, B1), every)
     first, key = jax.random.split(key)
     params = init(first)
     each = jax.vmap(jax.grad(loss), (None, *[0] * len(data)))
@@ -154,11 +161,12 @@ def _run(init, loss, batch, steps, every, data, rate, key):
         true = jax.tree.map(lambda g: jnp.mean(g, 0), grads)
         picked = jax.random.randint(key, (batch,), 0, data[0].shape[0])
         g = jax.tree.map(lambda g: jnp.mean(g[picked], 0), grads)
+        m = optax.tree.bias_correction(state.inner[0].mu, B1, jnp.maximum(state.count, 1))
         updates, state = tx.update(g, state, params)
-        signal = optax.tree.norm(true, squared=True)
+        signal, lasting = optax.tree.norm(true, squared=True), optax.tree.vdot(m, true)
         power = sum(jnp.sum(x * x) / x.shape[0] for x in jax.tree.leaves(grads))
         own = state._replace(sketches=None)
-        return (optax.apply_updates(params, updates), state), (signal, (power - signal) / batch, own)
+        return (optax.apply_updates(params, updates), state), (signal, (power - signal) / batch, lasting, own)
 
     return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, steps))[1]
 
@@ -174,14 +182,25 @@ def weights_of_looks(steps: int, every: int = 1) -> np.ndarray:
     return weights
 
 
+def weights_of_means(steps: int) -> np.ndarray:
+    """The weight of each step in the means over all looks but the first, after so many steps."""
+    weights = np.zeros(steps)
+    for n in range(1, steps):
+        gain = averages.newest_weight(n)
+        weights *= 1 - gain
+        weights[n] = gain
+    return weights
+
+
 class Row(NamedTuple):
-    """A look: the truth and what the report says."""
+    """A look: the true SNR and persistence, and what the report says."""
 
     workload: str
     rate: float
     batch: int
     step: int
     snr: float
+    persistence: float
     total: dict
 
 
@@ -192,18 +211,25 @@ def rows(name: str, rates=None, batches=BATCHES, looks=LOOKS, seeds=2, every: in
     keys = jnp.stack([jax.random.fold_in(jax.random.key(0), seed) for _, seed in runs])
     for batch in batches:
         made = _run(work.init, work.loss, batch, max(looks), every, work.data, jnp.array([r for r, _ in runs]), keys)
-        signal, noise, states = jax.device_get(made)
+        signal, noise, lasting, states = jax.device_get(made)
         for (i, (rate, _)), look in itertools.product(enumerate(runs), looks):
             w = weights_of_looks(look, every)
             state = jax.tree.map(lambda x, i=i, t=look: x[i, t - 1], states)
             total = snr_adam.report(state, batch_size=batch).total
-            snr = (w @ signal[i, :look]) / (w @ noise[i, :look])
-            found.append(Row(name, rate, batch, look, float(snr), total))
+            s, n, x = (each[i, :look] for each in (signal, noise, lasting))
+            snr, means = (w @ s) / (w @ n), weights_of_means(look)
+            persistence = (means @ x) / (means @ (s + n)) * (1 + snr) / snr
+            found.append(Row(name, rate, batch, look, float(snr), float(persistence), total))
     return found
 
 
 def covers(row: Row) -> bool:
     return row.total["snr_low"] <= row.snr <= row.total["snr_high"]
+
+
+def covers_persistence(row: Row) -> bool:
+    """Of rows whose persistence is known."""
+    return row.total["persistence_low"] <= row.persistence <= row.total["persistence_high"]
 
 
 def main(names) -> None:

@@ -26,6 +26,7 @@ from snr_adam.state.files import restore_state, save_state
 STEPS = 20
 KEPT = 10  # of the checkpoints that are saved for ever
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, STEPS)
+SCHEDULE_OF_CLIPS = optax.linear_schedule(3.0, 0.3, 20)
 DECAY = optax.linear_schedule(0.5, 0.99, STEPS)
 # name -> the parameters' dtype, the optimizer
 RUNS = {
@@ -52,6 +53,10 @@ RUNS = {
     ),
     "guarded": ("float32", lambda: snr_adam.guard(snr_adam.adamw(SCHEDULE, storage="packed"), clip_norm=1.0)),
     "guarded, of Optax": ("float32", lambda: snr_adam.guard(optax.adamw(SCHEDULE), max_consecutive=3)),
+    "guarded, spikes": (
+        "float32",
+        lambda: snr_adam.guard(snr_adam.adamw(0.1), SCHEDULE_OF_CLIPS, spikes=snr_adam.Spikes(2.0, 4, then="clip")),
+    ),
     "observed": ("float32", lambda: snr_adam.observe(snr_adam.adamw(SCHEDULE, storage="packed"))),
     "observed, of Optax": ("float32", lambda: snr_adam.observe(optax.adamw(SCHEDULE), every=3)),
     "injected": ("float32", lambda: optax.inject_hyperparams(snr_adam.adamw)(SCHEDULE, storage="packed")),

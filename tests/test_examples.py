@@ -148,14 +148,20 @@ def test_samples_are_digits_moved_by_at_most_one_pixel_with_noise():
     assert set(np.asarray(y)) == {int(labels[0])}
 
 
-def test_hundred_thousand_in_short(capsys):
-    result = hundred_thousand.main(["--epochs", "2", "--samples", "12800"])
+def test_hundred_thousand_in_short(tmp_path, capsys):
+    picture = tmp_path / "new" / "picture.png"
+    result = hundred_thousand.main(["--epochs", "2", "--samples", "12800", "--out", str(picture)])
     said = capsys.readouterr().out
     assert result.updates == 200
     assert result.losses[-1] < 0.8 * result.losses[0]
     assert result.accuracy > 0.85  # by chance: 0.1
     assert "200 Adam updates in" in said
     assert f"Held-out digits read: {result.accuracy:.1%}" in said
+    assert [report.step for report in result.reports] == [100, 200]
+    assert f"{result.held_out[0]:.3f} after the first epoch" in said
+    assert str(result.reports[-1]) in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in said
 
 
 @pytest.fixture(scope="module")

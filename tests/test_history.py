@@ -45,6 +45,44 @@ def test_it_holds_what_was_appended():
     assert_same(history, History(reports))
 
 
+def test_rows_are_a_flat_table():
+    history = History(fake_reports(3, 4))
+    rows = history.rows
+    assert [(row["step"], row["name"]) for row in rows[::4]] == [(10 * t, "layers/0/kernel") for t in (1, 2, 3)]
+    assert [row["name"] for row in rows[:4]] == list(history.names)
+    for key, values in history.columns.items():
+        np.testing.assert_array_equal([row[key] for row in rows], values.ravel())
+    assert {type(x) for row in rows for x in row.values()} == {int, str, float}
+    assert all(tuple(row) == ("step", "name", *history.columns) for row in rows)
+    assert History().rows == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_batch_sizes_are_kept(file, tmp_path):
+    reports = [one(step) for step in (1, 2, 3)]
+    reports[1].batch_size, reports[2].batch_size = 32, None
+    history = History(reports)
+    np.testing.assert_array_equal(history.batch_size, [np.nan, 32, np.nan])
+    history.save(tmp_path / file)
+    np.testing.assert_array_equal(History.load(tmp_path / file).batch_size, [np.nan, 32, np.nan])
+    history.append(one(2))
+    np.testing.assert_array_equal(history.batch_size, [np.nan, np.nan])
+    history.save(tmp_path / file)  # the file says nothing of batches
+    np.testing.assert_array_equal(History.load(tmp_path / file).batch_size, [np.nan, np.nan])
+
+
+def test_a_quantity_that_comes_later_was_not_known_before(tmp_path):
+    """As when a run goes on with a newer version of this package."""
+    history = History([one(1), one(2)])
+    history.append(one(3, signal=[5.0, 6.0], noise=[1.0, 2.0]))
+    np.testing.assert_array_equal(history.columns["signal"], [[np.nan] * 2, [np.nan] * 2, [5, 6]])
+    np.testing.assert_array_equal(history.total["signal"], [np.nan, np.nan, 1])
+    history.save(tmp_path / "run.npz")
+    assert_same(History.load(tmp_path / "run.npz"), history)
+    history.append(one(3, signal=[5.0, 6.0], noise=[1.0, 2.0]))
+    assert len(history) == 3
+
+
 def test_it_keeps_a_copy():
     noise = np.ones(2)
     history = History([one(noise=noise)])
@@ -107,7 +145,7 @@ def test_going_on_from_an_older_step_replaces_what_came_after(again):
         (one(2, ("a", "c")), r"other layers \(new: c; gone: b\)"),
         (one(2, ("a", "b", "c"), noise=[1, 2, 3]), r"new: c\)"),
         (one(2, ("b", "a")), "another order: b, a was a, b"),
-        (one(2, signal=[1, 2]), r"other quantities \(new: signal; gone: noise\)"),
+        (one(2, signal=[1, 2]), r"other quantities \(gone: noise\)"),
         (
             SimpleNamespace(step=2, names=("a", "b"), columns={"noise": [1, 2]}, total={}),
             r"other totals \(gone: noise\)",

@@ -150,6 +150,65 @@ def test_what_is_around_comes_along(wrapped):
     _assert_close(moved, stayed, 1e-4)
 
 
+PUT_AROUND = {
+    "guard": lambda tx: snr_adam.guard(tx, clip_norm=1e6),
+    "observe": snr_adam.observe,
+    "averaged": snr_adam.averaged,
+    "carry_remainder": snr_adam.carry_remainder,
+    "guard of observe": lambda tx: snr_adam.guard(snr_adam.observe(tx), spikes=snr_adam.Spikes()),
+    "chain in a guard": lambda tx: snr_adam.guard(optax.chain(optax.clip_by_global_norm(1e6), tx)),
+}
+
+
+@pytest.mark.parametrize("name", PUT_AROUND)
+def test_a_wrapper_is_put_around_and_taken_off(name):
+    """Into it from Optax, and out of it again: the next steps are those of the first, the wrapper has seen nothing."""
+    wrap = PUT_AROUND[name]
+    theirs, ours = optax.adamw(SCHEDULE), snr_adam.adamw(SCHEDULE)
+    if name == "chain in a guard":
+        theirs = optax.chain(optax.clip_by_global_norm(1e6), theirs)
+    params, grads = tree(), list(gradients(2 * STEPS))
+    _, state, params = _run(theirs, theirs.init(params), params, grads[:STEPS])
+    moved = from_optax(state, wrap(ours).init(params))
+    assert jax.tree.structure(moved) == jax.tree.structure(wrap(ours).init(params))
+    stayed, _, _ = _run(theirs, state, params, grads[STEPS:])
+    went, after, _ = _run(wrap(ours), moved, params, grads[STEPS:])
+    _assert_close(went, stayed, 1e-4)
+    if "observe" in name:
+        shown = snr_adam.report(after)
+        assert shown.step == 2 * STEPS
+        np.testing.assert_allclose(shown.total["update_rms"], _rms(went[-1]), rtol=1e-3)
+    if name == "carry_remainder":
+        with pytest.raises(ValueError, match=r"CarryRemainderState at .* holds what the parameters have lost"):
+            to_optax(moved, theirs.init(params))
+    else:
+        back = to_optax(moved, theirs.init(params))
+        jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def _rms(updates):
+    leaves = jax.tree.leaves(updates)
+    return np.sqrt(sum(float(jnp.sum(u * u)) for u in leaves) / sum(u.size for u in leaves))
+
+
+def test_into_accumulate_and_out_of_it_between_two_steps():
+    """The schedule of microbatches goes on from Adam's count, and a sum that has begun is not thrown away."""
+    tx, w = snr_adam.accumulate(snr_adam.adam(0.1), lambda steps: jnp.where(steps < 5, 1, 2)), jnp.ones(3)
+    _, state, w = _run(optax.adam(0.1), optax.adam(0.1).init(w), w, [jnp.ones(3)] * 5)
+    moved = from_optax(state, jax.eval_shape(tx.init, w))
+    assert (int(moved.steps), int(moved.count)) == (5, 0)
+    back = to_optax(moved, optax.adam(0.1).init(w))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    updates, moved = tx.update(jnp.ones(3), moved, w)
+    assert not np.any(updates)
+    with pytest.raises(ValueError, match="in the middle of a step, with 1 microbatches in its sum: move right after"):
+        to_optax(moved, optax.adam(0.1).init(w))
+    updates, moved = tx.update(jnp.ones(3), moved, w)
+    np.testing.assert_allclose(updates, optax.adam(0.1).update(jnp.ones(3), state, w)[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="is not known from shapes alone: give as `like` what its `init` returns"):
+        from_optax(state, jax.eval_shape(snr_adam.observe(snr_adam.adam(0.1)).init, w))
+
+
 def test_injected_numbers_come_along():
     theirs, ours = (optax.inject_hyperparams(lib.adam)(learning_rate=SCHEDULE, eps=1e-6) for lib in (optax, snr_adam))
     stayed, moved = _halves(theirs, ours)

@@ -661,7 +661,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     # what is advised
     "a run's mean noise scale": (
         [replaced(test_advice, "over_run", _mean_of_ratios)],
-        Caught(test_advice.test_the_noise_scale_of_a_run_is_that_of_its_mean_snr),
+        Caught(test_advice.test_the_noise_scale_of_a_run_is_that_of_its_mean_share_of_signal),
     ),
     "a sentence about the rate whatever is known": (
         [replaced(advice.Advice, "learning_rate", lambda right: advice._IN_BALANCE)],

@@ -1168,10 +1168,6 @@ GIVEN = {
         lambda: guard(optax.MultiSteps(A, 2)),
         no_optimizer("MultiSteps", do="guard(tx.gradient_transformation())"),
     ),
-    "clip_norm a schedule": (
-        lambda: guard(A, clip_norm=optax.constant_schedule(1.0)),
-        kind("guard: clip_norm", "is a function", "optax.inject_hyperparams("),
-    ),
     "max_consecutive True": (
         lambda: guard(A, max_consecutive=True),
         number("max_consecutive=True", "True", "an int >= 1"),

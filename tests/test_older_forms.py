@@ -1,8 +1,8 @@
 """Checkpoints that were saved in an older form of the states restore, and the run goes on.
 
 `tests/data/states-0.1` was written by `files.save_state` before the package's second edition, after seven steps of
-`cases.gradients`; `bits.json` beside it holds a hash of each saved run. `states-2` and `states-3` are of the second
-and third form.
+`cases.gradients`; `bits.json` beside it holds a hash of each saved run. `states-2` is of the second form, `states-3` of
+the third.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from test_same_bits import DATA
 import snr_adam
 from snr_adam.parts import RMS, Shared
 from snr_adam.state.files import restore_state, save_state
+from snr_adam.state.forms import earlier
 
 adamw = snr_adam.adamw
 PLAIN = {
@@ -52,6 +53,9 @@ def old_states(name, runs, form="states-0.1"):
     return restore_state(DATA / form / name, {key: start(*run) for key, run in runs.items()})
 
 
+GUARDED = {"guarded": PLAIN["guarded"], "observed packed": OBSERVED["observed packed"]}
+
+
 def go_on(tx, params, state, steps: int):
     """So many more steps, with gradients that follow on the first seven."""
     dtype = jax.tree.leaves(params)[0].dtype
@@ -64,7 +68,20 @@ def go_on(tx, params, state, steps: int):
 def test_every_bit_of_an_older_checkpoint_is_there():
     known = json.loads((DATA / "states-0.1" / "bits.json").read_text())
     states = old_states("plain", PLAIN)
-    assert {name: bits(states[name]) for name in PLAIN} == {name: known[name] for name in PLAIN}
+    assert {name: bits(earlier(states[name], 1)) for name in PLAIN} == {name: known[name] for name in PLAIN}
+
+
+def test_a_guard_of_the_third_form_goes_on(tmp_path):
+    """Every bit is there, also of an `observe` inside of it; what it has learnt since begins anew, and is saved."""
+    known = json.loads((DATA / "states-3" / "bits.json").read_text())
+    states = old_states("guarded", GUARDED, "states-3")
+    assert {name: bits(earlier(states[name], 3)) for name in GUARDED} == known
+    for name, (dtype, tx) in GUARDED.items():
+        assert jax.tree.structure(states[name]) == jax.tree.structure(start(dtype, tx))
+        params, state = go_on(tx, *states[name], 2)
+        assert (int(state.count), int(state.skipped), int(state.spikes)) == (2, 0, 0)
+        save_state(tmp_path / name, 11, (params, state))
+        assert bits(restore_state(tmp_path / name, start(dtype, tx))) == bits((params, state))
 
 
 @pytest.mark.parametrize("form", ["states-0.1", "states-2", "states-3"])
@@ -91,8 +108,8 @@ def test_an_observed_run_goes_on(name, form, tmp_path):
 def test_a_form_of_the_future_is_refused(tmp_path, monkeypatch):
     import snr_adam.state.files as files
 
-    monkeypatch.setattr(files, "FORM", 5)
+    monkeypatch.setattr(files, "FORM", files.FORM + 1)
     save_state(tmp_path, 1, {"w": np.ones(3)})
-    monkeypatch.setattr(files, "FORM", 4)
-    with pytest.raises(ValueError, match="of form 5, and this version of snr_adam reads forms 1 to 4: take a newer"):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="of form 6, and this version of snr_adam reads forms 1 to 5: take a newer"):
         restore_state(tmp_path, {"w": np.ones(3)})

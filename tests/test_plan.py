@@ -1,4 +1,4 @@
-"""The plan's bytes are those of the programs that XLA compiles; the tables in docs/scale.md are the plan's."""
+"""The plan's bytes are those of the programs that XLA compiles; the tables in docs/how_to/many_devices.md are its."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ import snr_adam
 from snr_adam import plan as plans
 from snr_adam.plan import Setup, plan
 
-DOC = Path(__file__).parent.parent / "docs" / "scale.md"
+DOC = Path(__file__).parent.parent / "docs" / "how_to" / "many_devices.md"
 SIDE, DEVICES = 1024, 8
 CASES = [(dtype, s, storage) for dtype in plans.BYTES for s in plans.SHARDINGS for storage in plans.STORAGES]
 
@@ -101,9 +101,9 @@ def test_the_command_prints_a_plan(capsys):
 
 def test_a_billion_parameters_fit_the_plan(tmp_path, monkeypatch, capsys):
     """The benchmark of a billion parameters runs in small, and what the page says of its last run is in the results."""
-    monkeypatch.syspath_prepend(DOC.parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(DOC.parents[2] / "benchmarks")
     billion = importlib.import_module("billion")
-    last = json.loads((DOC.parent.parent / "benchmarks" / "results" / "billion.json").read_text())["rows"][0]
+    last = json.loads((DOC.parents[2] / "benchmarks" / "results" / "billion.json").read_text())["rows"][0]
     billion.main(["--layers", "0", "--vocabulary", "500", "--steps", "2", "--json", str(tmp_path / "b.json")])
     small = json.loads((tmp_path / "b.json").read_text())["rows"][0]
     assert small["parameters"] == 501 * 2048

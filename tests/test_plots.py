@@ -240,6 +240,32 @@ def test_few_of_many_layers_have_their_names_and_marks():
         assert {line.get_markersize() > 0 for line in axes.get_lines()[:-1]} == {seen}
 
 
+def test_layers_are_in_the_order_of_the_network_and_rounding_is_hatched():
+    columns = {"pseudo_snr": [3.0, 2.0, 1.0], "floor": [1.0] * 3, "gradient_norm": [1.0, 1e-9, 1.0], "size": [1.0] * 3}
+    columns = {key: np.array(x) for key, x in columns.items()}
+    seen = [SimpleNamespace(step=t, names=("h_1", "h_10", "h_2"), columns=columns, total={}) for t in (1, 2)]
+    axes = plots.heat_map(seen)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["h_1", "h_2", "h_10"]
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(-1)[:, 0], [3, 1, -1])
+    (hatched,) = [patch for patch in axes.patches if patch.get_hatch()]
+    assert hatched.get_y() == 1.5
+    axes = plots.depth(seen)
+    np.testing.assert_array_equal(axes.get_lines()[0].get_xdata(), [3, 1, np.nan])
+    assert [patch.get_y() for patch in axes.patches if patch.get_hatch()] == [1.5]
+
+
+def test_the_batch_size_is_that_of_the_reports():
+    reports = list(fake_reports(4, 2))
+    for report, batch in zip(reports, (32, 32, 64, 64), strict=True):
+        report.batch_size = batch
+    axes = plots.noise_scale(reports)
+    np.testing.assert_array_equal(lines(axes)["batch size used"][1], [32, 32, 64, 64])
+    assert "batch size used: 32 to 64" in legend(axes)
+    assert axes.get_ylabel() == "noise scale (examples)"
+    assert "batch size used: 32" in legend(plots.noise_scale(reports[:2]))
+    assert "batch size used: 8" in legend(plots.noise_scale(reports, 8))
+
+
 def test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it():
     """And at ten times: on a logarithmic axis what goes to 0 or without end would go to the end of the world."""
     low, high = np.array([80.0, 12, 9, 0, 50]), np.array([120, 400, 990, np.inf, 2000])

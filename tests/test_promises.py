@@ -1,4 +1,4 @@
-"""Every promise of docs/promises.md names tests that exist."""
+"""Every promise of docs/explanation/promises.md names tests that exist."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROMISES = (ROOT / "docs" / "promises.md").read_text()
+PROMISES = (ROOT / "docs" / "explanation" / "promises.md").read_text()
 ROWS = [line for line in PROMISES.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
 
 
@@ -19,7 +19,7 @@ def functions_of(file: str) -> set[str]:
 
 def test_there_are_promises():
     assert len(ROWS) > 20
-    assert "(docs/promises.md)" in (ROOT / "README.md").read_text()
+    assert "/explanation/promises.html)" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[2:40] for row in ROWS])

@@ -1,4 +1,4 @@
-"""Inside of `jax.shard_map` an optimizer sees its device's shard alone; `docs/wrappers.md` says what follows.
+"""Inside of `jax.shard_map` an optimizer sees its device's shard alone; see `docs/how_to/order_of_wrappers.md`.
 
 Elementwise steps are those of the whole. What needs all of an array, or all of them, is of the shard: the norm that a
 guard clips by and its verdict, the norms of LAMB, the places that rounding hashes.

@@ -13,6 +13,7 @@ from rich.console import Console
 import snr_adam
 from snr_adam import History
 from snr_adam.telemetry import Report
+from snr_adam.telemetry.text import numbers
 
 DECADES = (1000.0, 100.0, 10.0, 1.0)
 
@@ -56,10 +57,11 @@ def lines(shown, width=140) -> list[str]:
 
 def test_in_colour_it_says_the_same():
     for shown in (report([1.0, 0.1, 0.5]), over_time(*DECADES)):
-        plain, colored = str(shown).split("\n"), lines(shown, 250)
-        for text in plain[:-1]:
-            assert any(line.startswith(text.rstrip("-")) for line in colored)
-        assert all(word in " ".join(colored) for word in (plain[-1], "green: signal was found, red: it was not"))
+        plain, colored = str(shown).split("\n"), lines(shown, 115)  # bars take 10 more
+        rows = next(i for i, line in enumerate(plain) if line.startswith("---")) + 2
+        assert all(any(line.startswith(row.rstrip("-")) for line in colored) for row in plain[:rows])
+        legend = " ".join(" ".join(colored[rows:]).split())
+        assert all(part in legend for part in (" ".join(plain[rows:]), "; green: signal was found, red: it was not"))
 
 
 SEEN = {
@@ -101,13 +103,18 @@ def cells(text) -> list[list[str]]:
     return [re.split(" {2,}", line) for line in (head, first, second, total)]
 
 
+def wide(report) -> str:
+    """A report's table with all its columns."""
+    return "\n".join(line.rstrip() for line in lines(numbers(report)))
+
+
 def test_every_number_is_printed_under_its_name_with_all_its_digits():
     """Three digits; an SNR has two and its error one; a share has a tenth of a percent; a dash is no number."""
-    shown = str(seen())
-    assert cells(shown) == [a + b for a, b in zip(PRINTED, PRINTED_TOO, strict=True)]
-    assert shown.startswith("step 1,234\n")
-    assert shown.endswith("noise scale in batches, with its 95 % interval")
-    assert str(seen(batch_size=32)).endswith("noise scale in examples, with its 95 % interval")
+    assert cells(wide(seen())) == [a + b for a, b in zip(PRINTED, PRINTED_TOO, strict=True)]
+    shown = " ".join(str(seen()).split("\n"))
+    assert shown.startswith("step 1,234 layer")
+    assert "; noise scale in batches, with its 95 % interval" in shown
+    assert "; noise scale in examples," in " ".join(str(seen(batch_size=32)).split("\n"))
 
 
 def test_the_title_says_over_how_many_steps_an_average_reaches():
@@ -118,14 +125,14 @@ def test_the_title_says_over_how_many_steps_an_average_reaches():
 
 def test_an_snr_without_an_upper_end_has_no_error_to_print():
     """A third or more of the noise may be signal, for all that is known: `+- inf` says less than nothing."""
-    wide = seen()
-    wide.columns["snr_error"][:] = np.inf
-    assert [row[5] for row in cells(wide)[1:3]] == ["0.12", "1.3"]
+    open_ended = seen()
+    open_ended.columns["snr_error"][:] = np.inf
+    assert [row[5] for row in cells(open_ended)[1:3]] == ["0.12", "1.3"]
 
 
 def test_over_time_a_number_is_printed_as_in_the_table_of_its_step():
     """The first and the last of each layer, and of all, each with the error of its own time."""
-    table, order = cells(seen()), [(2, 0, 1), (1, 2, 0), (0, 1, 2)]
+    table, order = cells(wide(seen())), [(2, 0, 1), (1, 2, 0), (0, 1, 2)]
     history = History(seen(step=1000 * (t + 1), order=each) for t, each in enumerate(order))
     for key in PRINTED[0][1:]:
         column = [row[table[0].index(key)] for row in table[1:]]
@@ -154,8 +161,8 @@ def test_columns_without_room_are_left_out_and_named(width):
     shown = lines(report([1.0, 0.1, 0.5], names=names), width)
     assert max(map(len, shown)) <= width
     assert ("no room for" in " ".join(shown)) == ("effective_step" not in shown[1]) == (width < 200)
-    assert shown[3].startswith("[red]a layer[/red] :smile:  ")
     if width >= 80:
+        assert shown[3].startswith("[red]a layer[/red] :smile:  ")
         assert "…" not in "".join(shown)
         assert all(head in shown[1] for head in ("layer", "snr", "noise scale", "SNR"))
 
@@ -186,9 +193,9 @@ def test_a_few_outliers_do_not_take_the_scale():
 
 def test_more_reports_than_blocks_show_medians():
     history = over_time(*np.repeat(DECADES, 25))
-    text = str(history.sparklines(width=4))
-    assert text.split("\n")[2].endswith("  █▆▃▁")
-    assert "the median of up to 25 reports" in text
+    shown = str(history.sparklines(width=4))
+    assert shown.split("\n")[2].endswith("  █▆▃▁")
+    assert "the median of up to 25 reports" in shown.replace("\n", " ")
     outlier = over_time(1.0, 1e6, 1.0, np.nan, np.nan, np.nan, 10.0, np.nan, 10.0)
     assert str(outlier.sparklines(width=3)).split("\n")[2].endswith("  ▁ █")
     assert len(str(over_time(*DECADES * 25)).split("\n")[2].split("  ")[-1]) == 40
@@ -224,3 +231,53 @@ def test_what_cannot_be_drawn_says_why():
         over_time(1.0).sparklines(width=0)
     with pytest.raises(KeyError, match="there are none yet"):
         snr_adam.History().sparklines()
+
+
+def rounding_in_h10() -> Report:
+    """Layers of a tree that is flattened by name; the gradient of the last is rounding."""
+    (made,) = fake_reports(1, 3)
+    columns = made.columns | {"gradient_norm": np.array([1.0, 1e-9, 1.0]), "size": np.ones(3), "snr_low": np.ones(3)}
+    names = (f"h_1/{'attention/' * 9}kernel", "h_10/<b>&", "h_2")
+    return Report(1, names, columns, made.total)
+
+
+def test_printed_text_fits_100_columns_and_keeps_the_order_of_the_network():
+    shown = rounding_in_h10()
+    history = History([shown])
+    for printed in (str(shown), *(str(history.sparklines(key)) for key in ("snr", "noise_scale", "significant"))):
+        names = [line.split()[0] for line in printed.split("\n")[2:5]]
+        assert [name[:3] for name in names] == ["h_1", "h_2", "h_1"]
+        assert max(map(len, printed.split("\n"))) <= 100
+        assert "h_10/<b>& ~ " in printed
+        assert "~: the gradient is at the level of rounding" in printed.replace("\n", " ")
+    assert "~" not in str(seen())
+
+
+def test_a_legend_explains_the_columns_that_are_there():
+    shown = " ".join(str(seen()).split())
+    assert shown.endswith("no room for effective_step")
+    assert "effective_step:" not in shown
+    assert "floor: what pure noise shows" in shown
+    assert "effective_step: rms of the update" in " ".join(lines(numbers(seen()), 200))
+
+
+def test_notebooks_draw_a_table():
+    """With every column, and names as text."""
+    html = rounding_in_h10()._repr_html_()
+    assert [html.count(tag) for tag in ("<table>", "</table>", "<tr>", "</tr>", "<th ", "</th>")] == [
+        1,
+        1,
+        5,
+        5,
+        11,
+        11,
+    ]
+    assert html.count("<td ") == html.count("</td>") == 4 * 11
+    assert "h_10/&lt;b&gt;&amp; ~" in html
+    assert "<b>" not in html
+    assert "effective_step" in html
+    colored = over_time(*DECADES, np.nan, error=6.0)._repr_html_()
+    assert "<span style='color:green'>█▆</span><span style='color:red'>▃▁</span>" in colored
+    assert History()._repr_html_() == "<p>0 reports</p>"
+    plain = over_time(*DECADES).sparklines()._repr_html_()
+    assert plain.startswith("<table><caption style='text-align:left'>snr in 4 reports</caption>")

@@ -1,11 +1,12 @@
 """Older forms of states, and how they become today's.
 
-A checkpoint's manifest says of which form it is: 1, which names no form, or 2 to 4. What may change from form to form
+A checkpoint's manifest says of which form it is: 1, which names no form, or 2 to 5. What may change from form to form
 is where numbers lie in a state, never what the next step of the optimizer does. Changed so far:
 
     1 -> 2      `observe` keeps few arrays instead of many; the moments and counts it wraps are where they were
     2 -> 3      `observe` keeps sketches of gradients and the means of their products as well; they begin anew
-    3 -> 4      more rows in its means, for spikes and what is clipped, and in its last look; they begin anew
+    3 -> 4      `guard` counts steps and spikes, and keeps what is usual for both; they begin anew
+    4 -> 5      `observe` keeps more rows in its means, of spikes and clips, and in its last look; they begin anew
 
 `earlier(like, form)` is the tree to read a checkpoint of an older form into, `renewed(old, like)` makes today's of it.
 """
@@ -15,14 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snr_adam._moments import find
 from snr_adam._numerics import abs_sq
-from snr_adam._tree import flatten
+from snr_adam._tree import flatten, is_abstract
+from snr_adam.guard import GuardState, unused_guard
 from snr_adam.telemetry._averages import Last, Memory
 from snr_adam.telemetry._state import ObserveState, blank_of
 
-FORM = 4
+FORM = 5
 """The form in which states are saved now."""
 
 
@@ -74,7 +77,7 @@ class _Second(NamedTuple):
 
 
 class _Third(NamedTuple):
-    """The state of `observe` in form 3."""
+    """The state of `observe` in forms 3 and 4."""
 
     inner: Any
     count: Any
@@ -104,7 +107,8 @@ _LAST = (
     "update_sq",
     "param_sq",
 )
-"""The rows of `means` and of `last` before form 4."""
+"""The rows of `means` and of `last` before form 5."""
+_LAST_NOW = [Last._fields.index(name) for name in _LAST]
 
 
 class _First(NamedTuple):
@@ -123,8 +127,19 @@ class _First(NamedTuple):
     detail: Any
 
 
-def _is_observed(node) -> bool:
-    return isinstance(node, (ObserveState, _First, _Second, _Third))
+class _Guarded(NamedTuple):
+    """The state of `guard` in forms 1 to 3."""
+
+    inner: Any
+    skipped: Any
+    consecutive: Any
+    holding: Any
+    last_bad: Any
+    norm: Any
+
+
+def _is_wrapper(node) -> bool:
+    return isinstance(node, (ObserveState, GuardState, _First, _Second, _Third, _Guarded))
 
 
 def earlier(like, form: int):
@@ -133,30 +148,42 @@ def earlier(like, form: int):
         return like
 
     def old(node):
-        if not isinstance(node, ObserveState):
+        if not isinstance(node, (ObserveState, GuardState)):
             return node
         inner = earlier(node.inner, form)
+        if isinstance(node, GuardState):
+            own = _Guarded(inner, *node[1 : len(_Guarded._fields)])
+            return own if form < 4 else node._replace(inner=inner)
         size = node.axis.shape[0]
-        if form in (2, 3):
-            kind = {2: _Second, 3: _Third}[form]
-            rows = {"means": (_MEANS, size + 1), "last": (len(_LAST), size)}
-            own = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in rows.items()}
-            return kind(inner, *(own.get(name, getattr(node, name)) for name in kind._fields[1:]))
+        if form > 1:
+            kind = _Second if form == 2 else _Third
+            kept = node._replace(inner=inner, means=_rows(node.means, range(_MEANS)), last=_rows(node.last, _LAST_NOW))
+            return kind(*(getattr(kept, name) for name in kind._fields))
         n, total = (jax.ShapeDtypeStruct((k,), jnp.float32) for k in (size, size + 1))
         kinds = ((_Moving, total), (_Recursion, n), (_Recursion, n), (_Weights, n), (_Detail, n))
         vectors = [kind(*(x for _ in kind._fields)) for kind, x in kinds]
         return _First(inner, node.count, node.seen, node.seen, node.square, node.axis, *vectors)
 
-    return jax.tree.map(old, like, is_leaf=_is_observed)
+    return jax.tree.map(old, like, is_leaf=_is_wrapper)
+
+
+def _rows(x, those):
+    """Some rows of an array, which may be known by its shape alone."""
+    those = np.array(those)
+    return jax.ShapeDtypeStruct((len(those), *x.shape[1:]), x.dtype) if is_abstract(x) else x[those]
 
 
 def renewed(state, like):
     """A state that was read in an older form, in the form of `like`."""
 
     def new(node, here):
-        if not isinstance(node, (_First, _Second, _Third)):
+        if not _is_wrapper(node):
             return node
         inner = renewed(node.inner, here.inner)
+        if isinstance(node, _Guarded):
+            return placed(unused_guard(here)._replace(**node._replace(inner=inner)._asdict()), here)
+        if isinstance(node, GuardState):
+            return node._replace(inner=inner)
         size = node.axis.shape[0]
         fresh = blank_of(here)
         if isinstance(node, (_Second, _Third)):
@@ -180,12 +207,26 @@ def renewed(state, like):
         nan = jnp.full_like(rows["rho"], math.nan)
         return jnp.stack([rows.get(name, nan) for name in Last._fields])
 
-    def placed(state: ObserveState, like: ObserveState) -> ObserveState:
+    def placed(state, like):
         """On the devices where `like` is."""
-        own = zip(state[1:], like[1:], strict=True)
-        return ObserveState(state.inner, *(jax.device_put(x, to.sharding) for x, to in own))
+        own, to = (x._replace(inner=()) for x in (state, like))
+        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), own, to)._replace(inner=state.inner)
 
-    return jax.tree.map(new, state, like, is_leaf=_is_observed)
+    return jax.tree.map(new, state, like, is_leaf=_is_wrapper)
+
+
+def joined(state: ObserveState) -> ObserveState:
+    """The state of an `observe` that begins in the middle of its optimizer's run, and knows only the moments."""
+    if any(map(is_abstract, jax.tree.leaves(state.axis))):
+        raise ValueError(
+            "what an `observe` shows by layer is not known from shapes alone: give as `like` what its `init` returns"
+        )
+    size = state.axis.shape[0]
+    zero = jnp.zeros(size, jnp.float32)
+    counts = [node.count for node in jax.tree.leaves(state.inner, is_leaf=_has_mu) if _has_mu(node)]
+    fresh = blank_of(state)
+    count = jnp.array(counts[0], copy=True) if counts else fresh.count
+    return fresh._replace(count=count, memory=jnp.stack(Memory(zero, zero, *_sums(state.inner, size))))
 
 
 def _sums(inner, size: int):

@@ -8,7 +8,9 @@ Adam's memory is a count, m and v per parameter, here and in Optax. What differs
 `like` is what the optimizer that goes on returns from `init`; its form is what the result has. So the same two words
 change the storage (float32, bfloat16, packed, shared noise) and the learning rate from constant to scheduled: with a
 schedule Optax keeps a second counter behind its Adam, this package one for both. What is beside an Adam (a mean of
-gradients, injected numbers) comes along as it is, and whatever would not fit is an error by name.
+gradients, injected numbers) comes along as it is, and whatever would not fit is an error by name. A wrapper of this
+package that only one of the two has is put around, and begins with nothing seen, or taken off: `guard`, `observe`,
+`averaged`, `accumulate`, `carry_remainder`.
 
 Where decays may change, here moments are kept corrected and Optax's are not. `inject_hyperparams` keeps its decays in
 the state, so its moments are corrected on the way. Of a decay that is a schedule a state does not know: there the two
@@ -28,8 +30,14 @@ from snr_adam._given import boxed_like, plain, readable
 from snr_adam._moments import Moments, is_adam, of_adam
 from snr_adam._numerics import decay_at, mean_onto, times
 from snr_adam._state import ADAM, OF_ADAM, marked
+from snr_adam.accumulation import AccumulateState
+from snr_adam.averaging import AveragedState, unused_average
+from snr_adam.guard import GuardState, unused_guard
+from snr_adam.precision import CarryRemainderState
 from snr_adam.shared import SharedNoise
+from snr_adam.state.forms import joined
 from snr_adam.storage import Cast, InWords, Packed
+from snr_adam.telemetry._state import ObserveState
 from snr_adam.transform import ScaleBySnrState
 
 
@@ -55,7 +63,7 @@ def _correction(b, state, like, dtype):
     return jnp.where(state.count > 0, debias if own else 1.0 / debias, 1.0)
 
 
-def _move_moments(state, like, where: str, injected: dict):
+def move_moments(state, like, where: str, injected: dict):
     """The state of an Adam in the form of another, rounded stochastically where that is narrower."""
     (outer, kept), (other, to) = of_adam(state, where), of_adam(like, where)
     here, there = mark_of(state), mark_of(like)
@@ -90,6 +98,43 @@ def _move_moments(state, like, where: str, injected: dict):
     return like._replace(count=state.count, mu=outer.unflatten(ms), nu=nu)
 
 
+def _accumulating(like: AccumulateState) -> AccumulateState:
+    """Between two steps; the schedule of microbatches goes on from the steps that the optimizer has taken."""
+    fresh = jax.tree.map(jnp.zeros_like, like._replace(inner=()))
+    counts = [node.count for node in jax.tree.leaves(like.inner, is_leaf=is_adam) if is_adam(node)]
+    return fresh._replace(inner=like.inner, steps=jnp.array(counts[0], copy=True) if counts else fresh.steps)
+
+
+def _carrying(like: CarryRemainderState) -> CarryRemainderState:
+    return jax.tree.map(jnp.zeros_like, like._replace(inner=()))._replace(inner=like.inner)
+
+
+_BEGUN = {
+    GuardState: unused_guard,
+    ObserveState: joined,
+    AveragedState: unused_average,
+    AccumulateState: _accumulating,
+    CarryRemainderState: _carrying,
+}
+"""A wrapper's state around an inner state that has moved, as if it had seen nothing yet."""
+
+
+def _take_off(state, where: str):
+    """What is inside of a wrapper, if nothing is lost with it."""
+    if isinstance(state, CarryRemainderState):
+        raise ValueError(
+            f"the CarryRemainderState at {where} holds what the parameters have lost to rounding: train the whole "
+            "weights, precision.whole_weights(params, state), with state.inner"
+        )
+    known = isinstance(state, AccumulateState) and not isinstance(state.count, jax.core.Tracer)
+    if known and int(state.count):
+        raise ValueError(
+            f"the AccumulateState at {where} is in the middle of a step, with {int(state.count)} microbatches in its "
+            "sum: move right after a step, when its count is 0"
+        )
+    return state.inner
+
+
 def mark_of(state) -> str | None:
     """What made the state; Optax's states do not say, and are taken for those of its Adam."""
     return ADAM if isinstance(state, optax.ScaleByAdamState) else state.made
@@ -105,7 +150,12 @@ def _move(path, state, like, count, injected):
     of the `inject_hyperparams` around it."""
     where = _tree.name(path)
     if is_adam(state) and is_adam(like):
-        return _move_moments(state, like, where, injected)
+        return move_moments(state, like, where, injected)
+    if type(state) is not type(like):
+        if type(state) in _BEGUN and not _tree.nodes(type(state), like):
+            return _move(path, _take_off(state, where), like, count, injected)
+        if type(like) in _BEGUN:
+            return _BEGUN[type(like)](like._replace(inner=_move(path, state, like.inner, count, injected)))
     if not jax.tree.leaves((state, like)):
         return like
     if isinstance(state, optax.ScaleByScheduleState) and isinstance(like, optax.EmptyState):
@@ -200,8 +250,9 @@ def from_optax(state: Any, like: Any = None) -> Any:
     Args:
       state: an optimizer's state that holds a `ScaleByAdamState` (or a `ScaleBySnrState` in another storage), after any
         number of steps. An `nnx.Optimizer` or its `opt_state` will do.
-      like: what `init` returns for the optimizer that goes on, or its `jax.eval_shape`. By default that of the preset
-        of the same name with float32 moments.
+      like: what `init` returns for the optimizer that goes on, or its `jax.eval_shape` (of an `observe` the former). By
+        default that of the preset of the same name with float32 moments. It may be wrapped in `guard`, `observe`,
+        `averaged`, `accumulate` or `carry_remainder` where `state` is not, or the other way round.
 
     Returns:
       A state of the form of `like` (of an `nnx.Optimizer`, in its boxes) with the moments and the count of `state`.

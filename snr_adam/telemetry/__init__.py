@@ -5,6 +5,7 @@
     History                                      reports over time, on disk          history.py
     noise_scale                                  B_simple by several methods         noise_scale.py
     advise                                       what to do with it                  advice.py
+    alarms(history)                              what to look at, in sentences       alarms.py
 
 `snr_adam.telemetry.plots` draws; it needs matplotlib and is imported by itself.
 """
@@ -12,16 +13,19 @@
 from snr_adam.telemetry import noise_scale
 from snr_adam.telemetry._state import ObserveState
 from snr_adam.telemetry.advice import advise
+from snr_adam.telemetry.alarms import Alarm, alarms
 from snr_adam.telemetry.history import History
 from snr_adam.telemetry.observe import observe
 from snr_adam.telemetry.report import Report, report
 from snr_adam.telemetry.trackers import histograms, metrics
 
 __all__ = [
+    "Alarm",
     "History",
     "ObserveState",
     "Report",
     "advise",
+    "alarms",
     "histograms",
     "metrics",
     "noise_scale",

@@ -3,6 +3,8 @@
 On accelerators sums like these do not become a part of the update's kernel, or not of every optimizer's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def details(step: Shown, last: Last, memory: Memory) -> Last:
     rows, _ = sums.joined([(*xs[_LARGEST:], xs[-1]) for xs in found])
     significant, moving, update, param, relative, lost, moved = rows
     largest = [_largest([xs[k] for xs in found]) for k in range(_LARGEST)]
-    is_known = step.row([float(bool(seen.first and seen.second)) for seen in step.seen])
+    is_known = step.row([float(bool(seen.first and seen.second and not seen.repeats)) for seen in step.seen])
     counted = (step.sizes - last.zeros) * is_known
     # an m whose newest gradient is not 0 is no fair sample where gradients mostly are
     known = jnp.where((counted > 0) & (counted > _DENSE * moving), 1.0, jnp.nan)
@@ -53,27 +55,35 @@ def details(step: Shown, last: Last, memory: Memory) -> Last:
 
 
 def _of(seen, leaf, p, u, least) -> list:
-    """The rows of one leaf: sums, and the largest elements."""
-    g, (m, v) = seen.gradient(), seen.after()
+    """The rows of one leaf: the largest elements, and sums."""
+    (m, v), p = seen.after(), None if p is None else _tree.jax_array(p)
+    is_tested = bool(v is not None and seen.first and seen.second and not seen.repeats)
+    v = None if seen.noise == "unknown" else v
+    update = seen.update(None if p is None else widen(p))
+    to = None if seen.rate is None else str(jnp.result_type(u))
+    return _rows(seen.gradient(), m, v, update, p, least, axis=leaf.axis, is_tested=is_tested, to=to)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "is_tested", "to"))  # traced once for all leaves of one shape
+def _rows(g, m, v, update, p, least, *, axis, is_tested, to):
+    """is_tested: whether `hits` have a meaning; to: the dtype of the update, None if `update` is not all of it."""
     hits = moving = jnp.zeros((), jnp.float32)
     relative = lost = moved = jnp.full((), jnp.nan)
-    if v is not None and seen.noise != "unknown":
+    if v is not None:
         v = jnp.broadcast_to(v, g.shape)
         relative = jnp.where(v > 0, abs_sq(g) / jnp.where(v > 0, v, 1.0), 0.0)
-    if v is not None and seen.first and seen.second:
+    if v is not None and is_tested:
         shape = [1] * g.ndim
-        if leaf.axis is not None:
-            shape[leaf.axis] = -1
+        if axis is not None:
+            shape[axis] = -1
         moving = v > 0
         hits = (g != 0) & moving & (abs_sq(m) > least.reshape(shape) * v)
-    update = seen.update(None if p is None else widen(_tree.jax_array(p)))
-    if p is not None and seen.rate is not None:
-        p = _tree.jax_array(p)
+    if p is not None and to is not None:
         moved = update != 0
-        lost = moved & (jnp.asarray(optax.apply_updates(p, update.astype(u.dtype))) == p)
+        lost = moved & (jnp.asarray(optax.apply_updates(p, update.astype(to))) == p)
     param = jnp.nan if p is None else abs_sq(widen(p))
     xs = [*map(jnp.abs, (g, m, update)), hits, moving, abs_sq(update), param, relative, lost, moved]
-    return sums.rows([jnp.asarray(x) for x in xs], leaf.axis, _with_largest)
+    return sums.rows([jnp.asarray(x) for x in xs], axis, _with_largest)
 
 
 def _with_largest(xs):

@@ -154,6 +154,14 @@ class Outside(NamedTuple):
         return widen(_tree.jax_array(self.g))
 
     @property
+    def given(self):
+        return self.gradient
+
+    @property
+    def repeats(self) -> bool:
+        return False
+
+    @property
     def first(self):
         return self.averages[0]
 

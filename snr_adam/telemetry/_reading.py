@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 FORMAT = "snr_adam history, version 1"
-GROUPS, PARTS = ("columns/", "total/"), "parts"
+GROUPS, PARTS, BATCH = ("columns/", "total/"), "parts", "batch_size"
+_OTHERS = ("format", "steps", "names", PARTS, BATCH)
 
 
 class Foreign(ValueError):
@@ -59,7 +60,7 @@ def of_npz(path: Path) -> Iterator[Any]:
         raise ValueError("it is no zip file")
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         _check(path, str(file["format"]) if "format" in file else None)
-        strange = [key for key in file if key not in ("format", "steps", "names", PARTS) and not key.startswith(GROUPS)]
+        strange = [key for key in file if key not in _OTHERS and not key.startswith(GROUPS)]
         if strange:
             raise ValueError(f"it has {strange[0]!r}, which is no part of a history")
         there = [key for key in file if key.startswith(GROUPS)]
@@ -67,6 +68,9 @@ def of_npz(path: Path) -> Iterator[Any]:
             raise ValueError(f"it has {there} and should have {file[PARTS].tolist()}")
         names = tuple(str(name) for name in file["names"])
         steps = [_step(step) for step in file["steps"].tolist()]
+        batches = file[BATCH] if BATCH in file else np.full(len(steps), np.nan)  # older files do not say
+        if batches.dtype != np.float64 or batches.shape != (len(steps),):
+            raise ValueError(f"{BATCH} is of {batches.dtype}, {batches.shape} for {len(steps)} steps")
         groups = {group: {k.partition("/")[2]: file[k] for k in file if k.startswith(group)} for group in GROUPS}
     for group, shape in zip(GROUPS, ((len(steps), len(names)), (len(steps),)), strict=True):
         for key, values in groups[group].items():
@@ -76,7 +80,8 @@ def of_npz(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{group}{key} has shape {values.shape} for {len(steps)} steps of {len(names)} layers")
     for i, step in enumerate(steps):
         columns, total = ({key: values[i] for key, values in groups[group].items()} for group in GROUPS)
-        yield SimpleNamespace(step=step, names=names, columns=columns, total=total)
+        batch = None if np.isnan(batches[i]) else float(batches[i])
+        yield SimpleNamespace(step=step, names=names, columns=columns, total=total, batch_size=batch)
 
 
 def checksum(lines: list[str]) -> dict[str, Any]:
@@ -100,7 +105,8 @@ def of_jsonl(path: Path) -> Iterator[Any]:
     for line in map(json.loads, lines):
         columns = {key: [_from_json(x) for x in values] for key, values in line["columns"].items()}
         total = {key: _from_json(x) for key, x in line["total"].items()}
-        yield SimpleNamespace(step=_step(line["step"]), names=tuple(first["names"]), columns=columns, total=total)
+        step, names = _step(line["step"]), tuple(first["names"])
+        yield SimpleNamespace(step=step, names=names, columns=columns, total=total, batch_size=line.get(BATCH))
 
 
 def _step(x) -> int:

@@ -3,6 +3,7 @@
 A new quantity is a row of `_averages.Last`, made here or in `_details`, and a column of `columns`.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam import _tree
+from snr_adam import _compiler, _tree
 from snr_adam._bits import Seed
 from snr_adam._look import Seen
 from snr_adam._numerics import Average, abs_sq
@@ -159,7 +160,7 @@ class Shown:
         second = averages.advance((memory.second, memory.second_rest), gain * power - leak * memory.second)
         return Memory(memory.weight, memory.square, *first, *second)
 
-    @property
+    @functools.cached_property
     def is_whole(self) -> np.ndarray:
         """Whether a column's sketches are the gradients themselves."""
         each = zip(self.seen, self.observed, strict=True)
@@ -167,21 +168,19 @@ class Shown:
             [[lags.is_whole(jax.eval_shape(seen.gradient), leaf.axis)] * leaf.size for seen, leaf in each]
         )
 
-    def in_the_step(self, seeds: list, take, tie):
+    def in_the_step(self, seeds: list, take, beside):
         """A and <m_{t-1}, g> from what the step began with, the zeros in g, the square of the noise where it is no
         average, and the sketches.
 
-        seeds: of the signs of each leaf. take: how rows are summed. tie(x, p, u): x in a form that XLA takes into the
-        kernel which makes p + u.
+        seeds: of the signs of each leaf. take: how rows are summed. beside(p, u): what to make the sums beside, so that
+        XLA takes them into the kernel which makes p + u; None: nothing.
         """
         is_direct = any(seen.noise == "direct" for seen in self.seen)
 
         def of(seen, p, u, seed, axis):
-            g = seen.gradient()
-            found = [abs_sq(g), sums.inner(seen.before(), g), (g == 0).astype(jnp.float32)]
-            if is_direct:
-                found.append(seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32))
-            return sums.rows([tie(x, p, u) for x in (*found, lags.signed(g, seed, axis))], axis, take)
+            noise = seen.after()[1] if seen.noise == "direct" else jnp.zeros((), jnp.float32)
+            given = seen.gradient(), _new(seen), seen.before(), [noise] if is_direct else [], seed, beside(p, u)
+            return _before(*given, axis=axis, take=take)
 
         groups: dict = {}
         for i, (seen, leaf) in enumerate(zip(self.seen, self.observed, strict=True)):
@@ -204,21 +203,15 @@ class Shown:
     def after_the_step(self, seeds: list) -> Taken:
         """All sums from what the step ended with; what was before it follows from m_t = (1-k) m_{t-1} + c g_t."""
 
-        def of(seen, seed, leaf):
-            g, (m, v) = seen.gradient(), seen.after()
-            v = jnp.zeros((), jnp.float32) if v is None else jnp.broadcast_to(v, g.shape)
-            return sums.rows(
-                [abs_sq(g), sums.inner(m, g), g == 0, abs_sq(m), v, lags.signed(g, seed, leaf.axis)], leaf.axis
-            )
-
         each = zip(self.seen, seeds, self.observed, strict=True)
-        (power, new, zeros, first, second), sketches = sums.joined([of(*one) for one in each])
+        found = [_after(seen.gradient(), _new(seen), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
+        (power, inner, zeros, first, second), sketches = sums.joined(found)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         left = jnp.where(leak < 1, 1 / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
         newest = gain * gain * power
-        before = first - 2 * gain * new + newest
+        before = first - 2 * gain * inner + newest
         before = jnp.where(before > _ROUNDING * (first + newest), before * left * left, jnp.nan)
-        return Taken(power, (new - gain * power) * left, zeros, before, first, second, sketches)
+        return Taken(power, (inner - gain * power) * left, zeros, before, first, second, sketches)
 
     def numbers(self, taken: Taken, before: Memory, after: Memory):
         """The row of this look, without details, and L."""
@@ -227,7 +220,8 @@ class Shown:
         (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
         own = self.field(self.firsts, "debias")
         debias = jnp.where(own > 0, own, 1 / weight)
-        rho = debias * debias * square
+        alone = self.row([_UNKNOWN if seen.repeats else 1.0 for seen in self.seen])
+        rho = alone * debias * debias * square
         noise = jnp.where(self.of_kind("none"), power, self.row(self.factors()) * taken.second)
         floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
         unknown = jnp.full_like(power, jnp.nan)
@@ -236,7 +230,7 @@ class Shown:
         sums = power, taken.product, taken.before_sq, taken.zeros
         details = (unknown,) * averages.DETAILS
         last = Last(signal, noise, rho, floor, leak, gain * debias, *sums, rate, scale, *details)
-        return last, taken.product / jnp.where(old > 0, old, 1.0)
+        return last, alone * taken.product / jnp.where(old > 0, old, 1.0)
 
     def factors(self) -> list:
         """What makes the noise's square of the sum of v: the optimizer's own correction, or that of its weights."""
@@ -250,6 +244,29 @@ class Shown:
             return known(average, seen.t)[2] if unknown else average.debias
 
         return [factor(seen, average) for seen, average in zip(self.seen, self.seconds, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
+def _before(g, x, m, noise: list, seed, y, *, axis, take):
+    """The sums over rows of |g|^2, <m, g>, zeros in g, the noise where there is one, and of x, or g, with signs.
+
+    y: what to make them beside, and the step, or None."""
+    zeros = (g == 0).astype(jnp.float32)
+    found = [abs_sq(g), sums.inner(m, g), zeros, *noise, lags.signed(g if x is None else x, seed, axis)]
+    return sums.rows(found if y is None else [_compiler.beside(x, *y) for x in found], axis, take)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _after(g, x, m, v, seed, *, axis):
+    """The sums over rows of |g|^2, <m, g>, zeros in g, |m|^2, v and of x, or g, with signs."""
+    v = jnp.zeros((), jnp.float32) if v is None else v
+    x = lags.signed(g if x is None else x, seed, axis)
+    return sums.rows([abs_sq(g), sums.inner(m, g), g == 0, abs_sq(m), v, x], axis)
+
+
+def _new(seen):
+    """The gradient whose noise no other step's has, where it is not what the moment sees: what that was made of."""
+    return seen.given() if seen.repeats else None
 
 
 def _known():

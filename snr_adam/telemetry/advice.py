@@ -5,15 +5,22 @@ With batches of B examples, the same loss takes (McCandlish et al. 2018, arXiv 1
     S = S_min (1 + B_simple / B) steps,   E = E_min (1 + B / B_simple) examples
 
 At B = B_simple both are twice the least. Below it, a batch twice as large nearly halves the steps; above it, the
-examples are wasted. Learning rate and decays are not independent settings; they scale with the batch size:
+examples are wasted. That is with the best learning rate for each batch. Where the rate is far below the best, curvature
+does not limit it: of a step of length alpha, a share (1 + B_simple / B)^(-1/2) goes along the gradient, so that
+
+    S ~ 1/alpha (1 + B_simple / B)^(1/2) = ((1 + B_simple / B) / B)^(1/2)            for alpha ~ sqrt(B), see below
+
+The intervals of `steps` and `examples` hold both. Far below B_simple they are the same.
+
+Learning rate and decays are not independent settings; they scale with the batch size:
 
     alpha ~ sqrt(B)                       the noise of the gradient falls by as much (Malladi et al. 2022)
     log b ~ B                             so that m and v remember as many examples as before (Marek et al. 2025)
 
 Both rules are local, so one goes from batch to batch in steps, and measures again.
 
-B_simple grows while a model learns, often tenfold and more. The number to put in is that of the whole run: B over the
-mean SNR, a harmonic mean (`over_run`), which fits McCandlish's curve where single values of the run do not.
+B_simple grows while a model learns, often tenfold and more. The number to put in is that of the whole run, from the
+mean share of signal in its gradients (`over_run`): what it says of the steps is the mean of what the run's moments do.
 """
 
 import math
@@ -23,8 +30,9 @@ import numpy as np
 
 from snr_adam.telemetry.noise_scale import NoiseScale
 
+# each held against branches of runs at half and twice the rate, `benchmarks/persistence.py`
 _NOT_TOO_LARGE, _IN_BALANCE = (
-    "The learning rate is not too large: gradients agree over the memory of m.",
+    "The learning rate is not too large while the loss falls: gradients agree over the memory of m.",
     "Steep directions are in balance with the noise. A larger learning rate is unlikely to help; a lower one, or a\n"
     "decay, helps if the loss has stopped falling.",
 )
@@ -68,21 +76,23 @@ class Advice(NamedTuple):
         """The share of |g|^2 that is signal now, 1 / (1 + B_simple / B)."""
         return 1 / (1 + _least(self.noise_scale) / self.now.batch_size)
 
-    def _steps(self, scale: float) -> float:
-        bigger, now = self.advised.batch_size, self.now.batch_size
-        return now / bigger if np.isinf(scale) else (1 + scale / bigger) / (1 + scale / now)
+    def _steps(self, scale: float) -> tuple[float, float]:
+        """With the best learning rate for each batch, and with one far below it."""
+        then, now = self.advised.batch_size, self.now.batch_size
+        best = now / then if np.isinf(scale) else (1 + scale / then) / (1 + scale / now)
+        return best, math.sqrt(best * now / then)
 
     @property
     def steps(self) -> float:
-        """Steps to the same loss, as a multiple of the present number."""
-        return self._steps(_least(self.noise_scale))
+        """Steps to the same loss, as a multiple of the present number, with the best learning rate for each batch."""
+        return self._steps(_least(self.noise_scale))[0]
 
     @property
     def steps_interval(self) -> tuple[float, float]:
-        """The ends of `steps` for the ends of the noise scale's interval, the smaller first."""
-        ends = (self._steps(float(x)) for x in (self.noise_scale.low, self.noise_scale.high) if not np.isnan(x))
-        known = sorted((self.steps, *ends))
-        return known[0], known[-1]
+        """The least and the most, for the ends of the noise scale's interval and learning rates up to the best."""
+        scales = [float(x) for x in (_least(self.noise_scale), self.noise_scale.low, self.noise_scale.high)]
+        ends = [end for scale in scales if not np.isnan(scale) for end in self._steps(scale)]
+        return min(ends), max(ends)
 
     @property
     def examples(self) -> float:
@@ -125,11 +135,16 @@ class Advice(NamedTuple):
 
 
 def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
-    """The noise scale of a whole run, B over the mean SNR of its reports; each counts for the steps since the last one.
+    """The noise scale of a whole run, from the mean share of signal in its reports; each counts for its steps.
+
+    B (1 - l) / l,   l = mean of SNR / (1 + SNR)
+
+    At each moment batches of B' take (1 + B_simple / B') / (1 + B_simple / B) = l + (1 - l) B / B' times as many steps.
+    That is linear in l, the share of the gradient's power that is signal. So over a run the mean of l counts: where the
+    SNR is small, B over the mean SNR, a harmonic mean of noise scales.
 
     Args:
-      history: a `History` of reports, made with or without a batch size. Those whose SNR is not known, or has no
-        upper end, are left out.
+      history: a `History` of reports, made with or without a batch size. Those whose SNR is not known are left out.
       batch_size: B, the number of examples in a gradient.
       since: leave out reports up to this step.
 
@@ -142,7 +157,7 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
 
     >>> from types import SimpleNamespace
     >>> from snr_adam.telemetry.history import History
-    >>> total = {"snr": 0.1, "snr_error": 0.01, "snr_low": 0.08, "snr_high": 0.125}
+    >>> total = {"snr": 0.1, "snr_low": 0.08, "snr_high": 0.125}
     >>> print(over_run(History([SimpleNamespace(step=8, names=(), columns={}, total=total)]), batch_size=32))
     320 (256 to 400)
 
@@ -150,21 +165,21 @@ def over_run(history, batch_size: float, since: int = 0) -> NoiseScale:
     """
     steps = np.asarray(history.steps)
     gaps = np.where(steps > since, np.diff(steps, prepend=since), 0)
-    keys = ("snr", "snr_error", "snr_low", "snr_high")
-    rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((4, 0), np.nan)
-    known = np.isfinite(rows).all(0) & (gaps[: rows.shape[1]] > 0)
+    keys = ("snr", "snr_low", "snr_high")
+    rows = np.array([history.total[key] for key in keys]) if set(keys) <= {*history.total} else np.full((3, 0), np.nan)
+    known = ~np.isnan(rows).any(0) & (gaps[: rows.shape[1]] > 0)
     if not known.any():
         raise ValueError("no report of this history has an SNR: the first comes six steps after the start of a run")
-    snr, error, low, high = np.average(np.maximum(rows[:, known], 0), axis=1, weights=gaps[known])
-    found = bool(snr > 0 and low > 0)
-    value = batch_size / snr if found else math.inf
-    return NoiseScale(
-        value,
-        value * error / snr if found else math.inf,
-        batch_size / high if high > 0 else math.inf,
-        batch_size / low if found else math.inf,
-        "mean over the run",
-    )
+    shares = 1 - 1 / (1 + np.maximum(rows[:, known], 0))
+    share, low, high = np.average(shares, axis=1, weights=gaps[known])
+
+    def scale(share) -> float:
+        return batch_size * float((1 - share) / share) if share > 0 else math.inf
+
+    found = bool(share > 0 and low > 0)
+    error = batch_size * float((high - share) / 1.96 / share**2) if found else math.inf
+    value = scale(share) if found else math.inf
+    return NoiseScale(value, error, scale(high), scale(low), "mean over the run")
 
 
 def advise(
@@ -185,8 +200,8 @@ def advise(
       b2: the decay of the noise's moving average now.
       largest: the largest batch that is possible, if there is one.
       persistence: the ends of the interval of `persistence` in a report, (low, high), for a sentence about the learning
-        rate where experiments bear one out: above 0.1 that it is not too large, below 0.1 that a larger one is unlikely
-        to help.
+        rate where experiments bear one out: above 0.1 that it is not too large while the loss falls, below 0.1
+        that a larger one is unlikely to help.
 
     Returns:
       An `Advice`. Print it.
@@ -200,8 +215,8 @@ def advise(
     A gradient of 32 is 25% signal, the rest of its power is noise.
       now      32 examples, learning rate 0.001, b1 0.9, b2 0.999
       advised  128 examples, learning rate 0.002, b1 0.656, b2 0.99601
-    To the same loss: 0.44 times the steps (0.4 to 0.48),
-    1.8 times the examples (1.6 to 1.9).
+    To the same loss: 0.44 times the steps (0.32 to 0.48),
+    1.8 times the examples (1.3 to 1.9).
     The learning rate goes with the square root of the batch, as the noise does. Signal and noise
     still forget half in 211 and 22,170 examples.
 

@@ -44,6 +44,11 @@ class _Row(NamedTuple):
     batch_size: float
     added: float
 
+    @property
+    def power(self):
+        """A, and where no L is known that of the sketches: moments may see what is made of several gradients."""
+        return np.where(np.isnan(self.lasting), self.sums.power_sum, self.sums.gradient_sq)
+
     def ratio(self, share):
         """The SNR of a share of signal."""
         return _ratio(share) + self.added
@@ -116,7 +121,7 @@ COLUMNS: dict[str, Column] = {
     "persistence": Column(
         lambda r: np.where(np.isnan(r.fieller(1)), np.nan, r.lasting / r.share),
         "The share of the signal that gradients agree on over the memory of m. Above 0.1, the learning rate is not too "
-        "large; near 0, steep directions are in balance with the noise.",
+        "large while the loss falls; near 0, steep directions are in balance with the noise.",
     ),
     "persistence_low": Column(lambda r: r.fieller(-1), "The lower end of the 95 % interval of persistence."),
     "persistence_high": Column(lambda r: r.fieller(1), "The upper end of the 95 % interval of persistence."),
@@ -133,11 +138,11 @@ COLUMNS: dict[str, Column] = {
     "param_rms": Column(lambda r: np.sqrt(r.sums.param_sq / r.sums.size), "Root mean square of the parameters."),
     "gradient_norm": Column(lambda r: np.sqrt(r.sums.gradient_sq), "Root of the average of |g|^2."),
     "gradient_signal": Column(
-        lambda r: _root(r.share * r.sums.gradient_sq),
+        lambda r: _root(r.share * r.power),
         "The norm of the true gradient, as estimated; 0 if none is found.",
     ),
     "gradient_noise": Column(
-        lambda r: _root((1 - r.share) * r.sums.gradient_sq),
+        lambda r: _root((1 - r.share) * r.power),
         "The norm of the noise in one batch's gradient, as estimated.",
     ),
     "persistent": Column(

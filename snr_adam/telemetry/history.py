@@ -11,24 +11,24 @@ A report is what an optimizer tells at one step: one number per layer and quanti
     history.save("run.npz")                             or .jsonl, one line per report: any tool reads it
     History.load("run.npz").columns["noise"][:, 3]
     print(history)                                      the SNR of each layer over time, in a line of text
+    history.page("run.html")                            all of it in a browser
+    pandas.DataFrame(history.rows)                      or polars: a row per report and layer
 
 Apart from the rest because it knows about files: a report is anything with `step`, `names`, `columns` and `total`. Both
 formats give back the same bits, also of nan (a quantity that the optimizer does not have) and infinities, for which
 strict JSON has no numbers: there they are null, "inf" and "-inf".
 """
 
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
 
-from snr_adam.telemetry import text
-from snr_adam.telemetry._reading import FORMAT, PARTS, checksum, of_jsonl, of_npz, reports
+from snr_adam.telemetry import page, text
+from snr_adam.telemetry._reading import of_jsonl, of_npz, reports
+from snr_adam.telemetry._writing import write_jsonl, write_npz, write_whole
 
 
 class Series(Mapping):
@@ -42,6 +42,9 @@ class Series(Mapping):
             raise KeyError(f"no quantity {key!r}; there are {', '.join(self._rows) or 'none yet'}")
         return np.array(self._rows[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
@@ -52,9 +55,11 @@ class Series(Mapping):
         for rows in self._rows.values():
             del rows[length:]
 
-    def _append(self, values: Mapping[str, Any]) -> None:
+    def _append(self, values: Mapping[str, Any], before: int) -> None:
+        """One more of each; what is new was not known at the times before."""
         for key, value in values.items():
-            self._rows.setdefault(key, []).append(np.array(value, np.float64))
+            new = np.array(value, np.float64)
+            self._rows.setdefault(key, [np.full_like(new, np.nan)] * before).append(new)
 
 
 class History:
@@ -79,6 +84,7 @@ class History:
 
     def __init__(self, reports: Iterable[Any] = ()):
         self._steps: list[int] = []
+        self._batches: list[float] = []
         self.names: tuple[str, ...] = ()
         self.columns, self.total = Series(), Series()
         if hasattr(reports, "columns") or not isinstance(reports, Iterable):
@@ -94,14 +100,37 @@ class History:
         """The steps of the reports, an int64 array (T,) that grows strictly."""
         return np.array(self._steps, np.int64)
 
+    @property
+    def batch_size(self) -> np.ndarray:
+        """The examples in a batch, as each report was told, float64 (T,); nan where it was not told."""
+        return np.array(self._batches, np.float64)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat table, T L rows: step, name and every quantity of a layer. What covers all layers is in `total`.
+
+        >>> from types import SimpleNamespace
+        >>> seen = {"noise": [0.5, 2.0]}
+        >>> History([SimpleNamespace(step=10, names=("in", "out"), columns=seen, total={})]).rows
+        [{'step': 10, 'name': 'in', 'noise': 0.5}, {'step': 10, 'name': 'out', 'noise': 2.0}]
+
+        `pandas.DataFrame(history.rows)` and `polars.DataFrame(history.rows)` take it; for the whole model
+        `pandas.DataFrame(dict(history.total), index=history.steps)`.
+        """
+        keys = ("step", "name", *self.columns)
+        steps = [step for step in self._steps for _ in self.names]
+        numbers = [values.ravel().tolist() for values in self.columns.values()]
+        rows = zip(steps, list(self.names) * len(self), *numbers, strict=True)
+        return [dict(zip(keys, row, strict=True)) for row in rows]
+
     def append(self, report) -> None:
         """Adds a report; it replaces those of its step and of later ones.
 
         So a run that goes on from an older checkpoint writes over what it repeats, and reading one report twice does
-        no harm.
+        no harm. A quantity that the reports before did not have, as those of an older version, is nan for them.
 
         Raises:
-          ValueError: if its layers or quantities are not those of the reports before.
+          ValueError: if its layers are not those of the reports before, or it lacks a quantity that they have.
           TypeError: if it is no report, but for instance the state that one is made of.
         """
         missing = [key for key in ("step", "names", "columns", "total") if not hasattr(report, key)]
@@ -113,8 +142,8 @@ class History:
         step, names = int(report.step), tuple(report.names)
         if self._steps:
             _same("layers", self.names, names, step)
-            _same("quantities", tuple(self.columns), tuple(report.columns), step)
-            _same("totals", tuple(self.total), tuple(report.total), step)
+            _same("quantities", tuple(self.columns), tuple(key for key in self.columns if key in report.columns), step)
+            _same("totals", tuple(self.total), tuple(key for key in self.total if key in report.total), step)
         for key, values in report.columns.items():
             if np.shape(values) != (len(names),):
                 raise ValueError(f"the report of step {step} has {np.shape(values)} of {key!r} for {len(names)} layers")
@@ -124,13 +153,15 @@ class History:
                     f"the report of step {step} has {np.shape(value)} of {key!r} in total: give one number"
                 )
         keep = int(np.searchsorted(self._steps, step))
-        del self._steps[keep:]
+        del self._steps[keep:], self._batches[keep:]
         self.columns._cut(keep)
         self.total._cut(keep)
         self.names = names
         self._steps.append(step)
-        self.columns._append(report.columns)
-        self.total._append(report.total)
+        batch = getattr(report, "batch_size", None)
+        self._batches.append(np.nan if batch is None else float(batch))
+        self.columns._append(report.columns, keep)
+        self.total._append(report.total, keep)
 
     def sparklines(self, key: str = "snr", width: int = 40) -> text.Table:
         """A quantity over time as text, to print: per layer its first and its last number, and blocks in between.
@@ -169,6 +200,11 @@ class History:
     def __str__(self) -> str:
         return str(self._drawn())
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a table."""
+        drawn = self._drawn()
+        return f"<p>{drawn}</p>" if isinstance(drawn, str) else drawn._repr_html_()
+
     def __rich_console__(self, console, options):
         """For `rich`: green while there is signal, red where the SNR is within 2 errors of none."""
         yield self._drawn()
@@ -181,13 +217,38 @@ class History:
         """
         path = Path(path).expanduser()
         write = _of(_WRITERS, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{token_hex(8)}.tmp")  # a process id is shared by threads and hosts
-        try:
-            write(self, unfinished)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, lambda unfinished: write(self, unfinished))
+
+    def page(
+        self,
+        path: str | os.PathLike,
+        *,
+        title: str | None = None,
+        batch_size: float | None = None,
+        refresh: float | None = None,
+    ) -> None:
+        """Writes the run as one HTML file, to open in any browser: charts, a heat map of all layers, and alarms.
+
+        The file needs no network, stays below 3 MB, and appears whole or not at all, as with `save`. A training loop
+        may write it again every so often:
+
+            history.page("run.html", refresh=30)        an open page takes up what is new every 30 seconds
+            history.page("run.html")                    at the end: it stops
+
+        Args:
+          path: the name of the file.
+          title: what stands above it; None for the name of the file.
+          batch_size: the examples in a batch, if the reports were made without; None to take it from them.
+          refresh: seconds after which an open page reads the file again, from a disk or a server; None for never.
+
+        Raises:
+          ValueError: if there are no reports, or `refresh` is no number of seconds.
+        """
+        path = Path(path).expanduser()
+        if not len(self):
+            raise ValueError("there is nothing to show: the history has no reports")
+        made = page.page(self, title=path.stem if title is None else title, batch_size=batch_size, refresh=refresh)
+        write_whole(path, lambda unfinished: unfinished.write_bytes(made.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "History":
@@ -217,29 +278,5 @@ def _of(formats: Mapping[str, Any], path: Path):
     return formats[path.suffix]
 
 
-def _write_npz(history: History, path: Path) -> None:
-    arrays: dict[str, Any] = {f"columns/{key}": values for key, values in history.columns.items()}
-    arrays |= {f"total/{key}": values for key, values in history.total.items()}
-    arrays = {"format": FORMAT, PARTS: np.array(list(arrays), str), **arrays}
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays, steps=history.steps, names=np.array(history.names, str))
-
-
-def _write_jsonl(history: History, path: Path) -> None:
-    columns, total = dict(history.columns), dict(history.total)
-    lines = []
-    for i, step in enumerate(history.steps.tolist()):
-        rows = {key: [_to_json(x) for x in values[i].tolist()] for key, values in columns.items()}
-        sums = {key: _to_json(float(values[i])) for key, values in total.items()}
-        lines.append(json.dumps({"step": step, "total": sums, "columns": rows}, allow_nan=False) + "\n")
-    first = {"format": FORMAT, "names": history.names, **checksum(lines)}
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines([json.dumps(first) + "\n", *lines])
-
-
-def _to_json(x: float) -> float | str | None:
-    return x if math.isfinite(x) else None if math.isnan(x) else str(x)
-
-
-_WRITERS = {".npz": _write_npz, ".jsonl": _write_jsonl}
+_WRITERS = {".npz": write_npz, ".jsonl": write_jsonl}
 _READERS = {".npz": of_npz, ".jsonl": of_jsonl}

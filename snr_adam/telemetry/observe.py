@@ -229,17 +229,17 @@ def observe(
             new = averages.stack(step.remember(Memory(*old.memory)))
             return keep(new, old.memory, step.ok)
 
-        def tied(x, p, u):
-            """x, tied to the new parameter: on TPU what waits for it is made in the kernel that makes it."""
+        def new_parameter(p, u):
+            """On TPU what waits for it is made in the kernel that makes it."""
             if p is None or u is None:
-                return x
+                return None
             if gate is not None:  # a guard around this observe will do so
                 u = jnp.where(gate.ok, u, -jnp.zeros_like(u))
-            return _compiler.beside(x, jnp.asarray(optax.apply_updates(p, u)), t)
+            return jnp.asarray(optax.apply_updates(p, u)), t
 
-        def inside(take=sums.one_each, tie=tied):
+        def inside(take=sums.one_each, beside=new_parameter):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, zeros, direct, sketches = step.in_the_step(seeds, take, tie)
+            power, product, zeros, direct, sketches = step.in_the_step(seeds, take, beside)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
@@ -251,7 +251,7 @@ def observe(
 
         if not step.observed:
             return out, state._replace(inner=inner, count=t)
-        on_gpu = functools.partial(inside, sums.at_once, lambda x, p, u: x)
+        on_gpu = functools.partial(inside, sums.at_once, lambda p, u: None)
         new, zero = jax.lax.platform_dependent(cpu=afterwards, cuda=on_gpu, default=inside)
         count = jnp.where(step.ok, t, state.count)
         if step.is_own:  # the updates of others end in a product: what it rounds like depends on what comes after it

@@ -12,19 +12,22 @@ Nothing here touches matplotlib's global state, so it works in threads, servers 
 
     plots.heat_map(history).figure.savefig("heat.png")
 
+Layers are in the order of the network, the first on top; hatched are those whose gradient is at the level of rounding.
 A layer's SNR says little by itself: pure noise shows sqrt((1-b1)/(1+b1)), and more in the first steps. So the two
 pictures that compare layers show it as a multiple of its floor: 1 is pure noise. Colours and line styles can be told
 apart by colour-blind eyes and in print.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from snr_adam.telemetry import _frame as frame
 from snr_adam.telemetry import _matplotlib as mpl
-from snr_adam.telemetry._matplotlib import Axes, Figure, LogNorm, Normalize
+from snr_adam.telemetry._layers import mostly_rounding, network_order
+from snr_adam.telemetry._matplotlib import Axes, Figure
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
@@ -32,10 +35,8 @@ Reports = History | Iterable[Any]
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
 _COLORS = mpl.colormaps["viridis"].with_extremes(bad="#dddddd")
 _MULTIPLES = {1: "floor", 1.25: "1.25", 1.5: "1.5", 2: "2", 3: "3", 4: "4", 6: "6", 10: "10"}
-_NAMED_LAYERS = 40  # more names than these cannot be read on one axis
 _GRADIENT = "loss per unit of weight"
 _STEPS = "steps (updates)"
-_THOUSANDS = mpl.FuncFormatter(lambda x, _: f"{x:,.10g}")
 _UNITS = {
     "signal": f"signal ({_GRADIENT})",
     "noise": f"noise ({_GRADIENT})",
@@ -66,14 +67,14 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
       The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, half of the
       95 % interval, a signal cannot be told from none.
     """
-    history, axes = _history(history), _axes(axes)
+    history, axes = _history(history), frame.axes(axes)
     signal, noise = (_of(history, f"gradient_{each}", layer) for each in ("signal", "noise"))
     least = noise * np.sqrt(1.96 * _of(history, "snr_error", layer))
     _line(axes, history, noise, "--", ORANGE, "noise: how mini-batches differ")
     _line(axes, history, signal, "-", BLUE, "signal: the true gradient")
     _line(axes, history, least, ":", GRAY, "limit: less signal cannot be seen")
     axes.set_ylim(bottom=0)
-    return _finish(axes, "Signal and noise of the gradient" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
+    return frame.finish(axes, "Signal and noise of the gradient" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
 
 
 def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
@@ -88,18 +89,18 @@ def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) ->
     >>> axes.get_ylabel(), [line.get_ydata().tolist() for line in axes.get_lines()]
     ('SNR (a ratio; 1 is all signal)', [[0.9, 0.5], [0.33, 0.26]])
     """
-    history, axes = _history(history), _axes(axes)
+    history, axes = _history(history), frame.axes(axes)
     seen, floor = _of(history, "pseudo_snr", layer), _of(history, "floor", layer)
     _line(axes, history, seen, "-", GREEN, "SNR as the optimizer sees it")
     _line(axes, history, floor, "--", GRAY, f"floor: pure noise shows {floor[-1]:.2f}")
     above = {"where": seen > floor, "color": GREEN, "alpha": 0.15, "lw": 0}
     axes.fill_between(history.steps, floor, seen, label="_above the floor", **above)
     axes.set_ylim(bottom=0)
-    return _finish(axes, "Signal-to-noise ratio" + _where(layer), _STEPS, "SNR (a ratio; 1 is all signal)")
+    return frame.finish(axes, "Signal-to-noise ratio" + _where(layer), _STEPS, "SNR (a ratio; 1 is all signal)")
 
 
 def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: Axes | None = None) -> Axes:
-    """Every layer over time, in the order of the parameters, the first on top; gray where there is no number.
+    """Every layer over time; gray where there is no number.
 
     Args:
       history: a `History` or reports.
@@ -116,10 +117,10 @@ def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: 
     history = _history(history)
     chosen = _matching(history, layers)
     values = _over_floor(history) if key == "pseudo_snr" else history.columns[key]
-    values = np.ma.masked_invalid(values[:, chosen].T)
-    axes = _axes(axes, _height(chosen))
-    image = axes.pcolorfast(_edges(history.steps), np.arange(len(chosen) + 1) - 0.5, values)
-    image.set(cmap=_COLORS, norm=_norm(values, key))
+    axes, rounding = frame.axes(axes, frame.height(chosen)), mostly_rounding(history)[chosen]
+    values = np.ma.masked_where(rounding[:, None] | ~np.isfinite(values[:, chosen].T), values[:, chosen].T)
+    image = axes.pcolorfast(frame.edges(history.steps), np.arange(len(chosen) + 1) - 0.5, values)
+    image.set(cmap=_COLORS, norm=frame.norm(values, key))
     if hasattr(image, "set_interpolation"):
         image.set_interpolation("auto")  # averages where layers outnumber pixels, instead of leaving some out
     bar = axes.figure.colorbar(image, ax=axes, label=_UNITS.get(key, key), extend="both", pad=0.01)
@@ -127,12 +128,12 @@ def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: 
         ticks = {x: name for x, name in _MULTIPLES.items() if x <= bar.ax.get_ylim()[1]}  # more would stretch the bar
         bar.set_ticks(list(ticks), labels=list(ticks.values()))
         bar.ax.minorticks_off()
-    _name_layers(axes, [history.names[i] for i in chosen])
-    return _finish(axes, "Every layer over time", _STEPS)
+    frame.name_layers(axes, [history.names[i] for i in chosen], rounding)
+    return frame.finish(axes, "Every layer over time", _STEPS)
 
 
 def depth(history: Reports, layers: str = "", axes: Axes | None = None) -> Axes:
-    """The SNR of each layer over its floor, in the order of the parameters, the first on top, in each third of the run.
+    """The SNR of each layer over its floor, in each third of the run.
 
     Args:
       history: a `History` or reports.
@@ -144,20 +145,21 @@ def depth(history: Reports, layers: str = "", axes: Axes | None = None) -> Axes:
     """
     history = _history(history)
     chosen = _matching(history, layers)
-    axes = _axes(axes, _height(chosen))
-    squares = np.ma.masked_invalid(_over_floor(history)[:, chosen] ** 2)
+    axes, rounding = frame.axes(axes, frame.height(chosen)), mostly_rounding(history)[chosen]
+    ratios = _over_floor(history)[:, chosen]
+    squares = np.ma.masked_where(rounding | ~np.isfinite(ratios), ratios**2)
     parts = [part for part in np.array_split(np.arange(len(history)), 3) if len(part)]
     styles = (ORANGE, "o:"), (GREEN, "s--"), (BLUE, "^-")
     for part, (color, style) in zip(parts, styles, strict=False):
         first, last = history.steps[part[0]], history.steps[part[-1]]
         label = f"steps {first:,} to {last:,}" if last > first else f"step {first:,}"
         ratio = np.ma.sqrt(squares[part].mean(axis=0)).filled(np.nan)
-        size = 4 if len(chosen) <= _NAMED_LAYERS else 0
+        size = 4 if len(chosen) <= frame.NAMED_LAYERS else 0
         axes.plot(ratio, range(len(chosen)), style, color=color, label=label, markersize=size)
     axes.axvline(1, ls="--", color=GRAY, label="floor: pure noise")
     axes.set_xlim(left=0)
-    _name_layers(axes, [history.names[i] for i in chosen])
-    return _finish(axes, "SNR against depth", _UNITS["pseudo_snr"], axes.get_ylabel())
+    frame.name_layers(axes, [history.names[i] for i in chosen], rounding)
+    return frame.finish(axes, "SNR against depth", _UNITS["pseudo_snr"], axes.get_ylabel())
 
 
 def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | None = None) -> Axes:
@@ -168,10 +170,11 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
 
     Args:
       history: a `History` or reports.
-      batch_size: the examples in a batch, as given to `report`; None if none was given: then all is in batches.
+      batch_size: the examples in a batch, where the reports do not tell; None to take it from them. If none was given
+        to `report`, all is in batches.
       axes: where to draw; None for a new figure.
     """
-    history, axes = _history(history), _axes(axes)
+    history, axes = _history(history), frame.axes(axes)
     scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
     beyond = np.isinf(scale) & np.isfinite(low) & (low > 0)
     value = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
@@ -181,18 +184,24 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
     axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
     if beyond.any():
         axes.plot(history.steps[beyond], low[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
-    used = "the batch that was used" if batch_size is None else f"batch size used: {batch_size:,}"
-    axes.axhline(batch_size or 1, ls="--", color=GRAY, label=used)
+    batches = history.batch_size if batch_size is None else np.full(len(history), float(batch_size))
+    sizes = np.unique(batches[np.isfinite(batches)])
+    if len(sizes) > 1:
+        used = f"batch size used: {sizes[0]:,g} to {sizes[-1]:,g}"
+        axes.step(history.steps, batches, ls="--", color=GRAY, label=used)
+    else:
+        used = f"batch size used: {sizes[0]:,g}" if len(sizes) else "the batch that was used"
+        axes.axhline(sizes[0] if len(sizes) else 1, ls="--", color=GRAY, label=used)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_THOUSANDS)
-    return _finish(axes, "Noise scale", _STEPS, f"noise scale ({'batches' if batch_size is None else 'examples'})")
+    axes.yaxis.set_major_formatter(frame.THOUSANDS)
+    return frame.finish(axes, "Noise scale", _STEPS, f"noise scale ({'examples' if len(sizes) else 'batches'})")
 
 
 def overview(history: Reports, batch_size: float | None = None) -> Figure:
     """All the pictures in one figure, 1,400 pixels wide when saved as it is."""
     history = _history(history)
-    layers = _height(history.names)
-    figure = _figure(14, 5 + layers)
+    layers = frame.height(history.names)
+    figure = frame.figure(14, 5 + layers)
     ((top,), (bottom,)) = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, layers))
     left, middle, right = top.subplots(1, 3)
     signal_and_noise(history, axes=left)
@@ -221,7 +230,7 @@ def _of(history: History, key: str, layer: str | None) -> np.ndarray:
 
 
 def _matching(history: History, pattern: str) -> list[int]:
-    chosen = [i for i, name in enumerate(history.names) if re.search(pattern, name)]
+    chosen = [i for i in network_order(history.names) if re.search(pattern, history.names[i])]
     if not chosen:
         raise ValueError(f"no layer's name contains {pattern!r}; there are {', '.join(history.names)}")
     return chosen
@@ -232,19 +241,6 @@ def _over_floor(history: History) -> np.ndarray:
     return history.columns["pseudo_snr"] / np.where(floor > 0, floor, np.nan)
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=100, layout=mpl.ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-
-
-def _height(layers: Sequence[Any]) -> float:
-    """Inches for so many layers' names, one below the other."""
-    return 3.0 + 0.15 * min(len(layers), _NAMED_LAYERS)
-
-
-def _axes(axes: Axes | None, height: float = 5.0) -> Axes:
-    return axes if axes is not None else _figure(10, height).subplots()
-
-
 def _line(axes: Axes, history: History, values: np.ndarray, style: str, color: str, label: str) -> None:
     """A line; a single report is a point, which a line would not show. A missing quantity is named as such."""
     marker = "o" if len(history) == 1 else ""
@@ -252,45 +248,5 @@ def _line(axes: Axes, history: History, values: np.ndarray, style: str, color: s
     axes.plot(history.steps, values, style, marker=marker, color=color, label=label)
 
 
-def _finish(axes: Axes, title: str, xlabel: str, ylabel: str | None = None) -> Axes:
-    """Names everything; with a `ylabel` the lines, too."""
-    axes.set_title(title, weight="bold")
-    axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_formatter(_THOUSANDS)
-    if ylabel is not None:
-        axes.set_ylabel(ylabel)
-        axes.legend(edgecolor="none")
-        axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
 def _where(layer: str | None) -> str:
     return f": {layer}" if layer else ""
-
-
-def _edges(steps: np.ndarray) -> np.ndarray:
-    """The borders between columns of a heat map: half-way between steps."""
-    if len(steps) == 1:
-        return np.array([steps[0] - 0.5, steps[0] + 0.5])
-    middle = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
-
-
-def _name_layers(axes: Axes, names: Sequence[str]) -> None:
-    """Layers from top to bottom: their names, or their numbers if they are too many."""
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    if len(names) <= _NAMED_LAYERS:
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-    else:
-        axes.yaxis.set_major_locator(mpl.MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(_THOUSANDS)
-        axes.set_ylabel(f"number of the layer, of {len(names):,}")
-
-
-def _norm(values: np.ma.MaskedArray, key: str) -> Normalize:
-    """From the 1st to the 99th percentile; an SNR from its floor, 1, on."""
-    known = values.compressed()
-    if key == "pseudo_snr":
-        return LogNorm(1.0, max(1.5, float(np.percentile(known, 99))) if known.size else 2.0)
-    low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
-    return LogNorm(low, high) if low > 0 and high > 10 * low else Normalize(low, high)

@@ -114,6 +114,10 @@ class Report:
     def __str__(self) -> str:
         return str(text.numbers(self))
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, with bars for the SNR."""
+        return text.bars(self)._repr_html_()
+
     def __rich_console__(self, console, options):
         """For `rich`: bars for the SNR against the largest, red where there is no signal."""
         yield text.bars(self)

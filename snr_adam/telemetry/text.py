@@ -1,21 +1,21 @@
-"""Reports as text: aligned tables, bars and sparklines, and the same in colours where `rich` draws them.
+"""Reports as text: aligned tables, bars and sparklines, the same in colours where `rich` or a notebook draws them.
 
     numbers(report)                 one row per layer and one for all
     bars(report)                    and a bar for each SNR
     sparklines(history, key)        a quantity over time, one block of eight heights per report
 
-Apart from the rest because it knows about terminals: characters, widths and colours. What it is given is anything with
-the attributes of a `Report` or a `History`. It needs no import of `rich`: a console that draws a table makes the text.
+What it is given is anything with the attributes of a `Report` or a `History`; what it gives back is a `Table`. Layers
+are in the order of the network; those whose gradient is at the level of rounding are marked.
 """
 
 import dataclasses
-import itertools
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from snr_adam.telemetry._layers import is_rounding, network_order
+from snr_adam.telemetry._table import Drawing, Table
 from snr_adam.telemetry.noise_scale import NoiseScale
 
 _SHOWN = ("signal", "noise", "pseudo_snr", "floor", "snr", "persistence", "significant", "effective_step")
@@ -23,118 +23,53 @@ _SPARE = ("effective_step", "significant", "signal", "noise", "persistence", "fl
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _LENGTHS = " ▏▎▍▌▋▊▉█"
 _BAR = 8  # blocks in the longest bar
-
-
-class Drawing(NamedTuple):
-    """Blocks, and the style of each: green while there is signal, red where none was found."""
-
-    blocks: str
-    styles: tuple[str, ...]
-
-    @property
-    def last(self) -> str:
-        return self.styles[-1] if self.styles else ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text, the last of them the total: `str()` aligns them, `rich` also colours them.
-
-    drawings: one per row, or none at all. spare: the columns that `rich` leaves out first where a line is too long.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: list[list[str]]
-    legend: str
-    drawn: str = ""
-    drawings: tuple[Drawing, ...] = ()
-    spare: tuple[str, ...] = ()
-
-    def _texts(self) -> list[str]:
-        """The head and the rows, without their drawings."""
-        lines = [self.heads, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return [
-            "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
-            for line in lines
-        ]
-
-    def _blocks(self) -> list[str]:
-        """What stands beside the head and the rows."""
-        blocks = [drawing.blocks for drawing in self.drawings]
-        return [f"  {x}" for x in (self.drawn, *blocks)] if blocks else [""] * (1 + len(self.rows))
-
-    @property
-    def width(self) -> int:
-        """The characters in the longest line of the table, whose title and legend may be longer."""
-        return len(self._texts()[0]) + max(map(len, self._blocks()))
-
-    def __str__(self) -> str:
-        head, *rows, total = [(text + x).rstrip() for text, x in zip(self._texts(), self._blocks(), strict=True)]
-        return "\n".join([self.title, head, *rows, "-" * self.width, total, self.legend])
-
-    def within(self, width: int) -> "Table":
-        """The same without the columns that have no room in so many characters; the legend names them."""
-        table, spare = self, list(self.spare)
-        while spare and table.width > width:
-            gone = table.heads.index(spare.pop(0))
-            heads, *rows = [[*line[:gone], *line[gone + 1 :]] for line in (table.heads, *table.rows)]
-            table = dataclasses.replace(table, heads=tuple(heads), rows=rows)
-        gone = ", ".join(head for head in self.heads if head not in table.heads)
-        return dataclasses.replace(table, legend=f"{self.legend}; no room for {gone}") if gone else table
-
-    def __rich_console__(self, console, options):
-        """Lines in colour, each in the kind of text that the console makes, without its own ideas about numbers."""
-
-        def line(text: str, style: str):
-            made = console.render_str(text, style=style, markup=False, highlight=False, emoji=False)
-            made.no_wrap, made.overflow = True, "ellipsis"
-            return made
-
-        table = self.within(options.max_width)
-        (head, *texts), (drawn, *_) = table._texts(), table._blocks()
-        yield line(table.title, "bold")
-        yield line(head + drawn, "bold")
-        for i, text in enumerate(texts):
-            if i == len(texts) - 1:
-                yield line("-" * table.width, "dim")
-            drawing = table.drawings[i] if table.drawings else Drawing("", ())
-            made = line(f"{text}  ", drawing.last)
-            for style, run in itertools.groupby(zip(*drawing, strict=True), lambda block: block[1]):
-                made.append("".join(block for block, _ in run), style)
-            yield made
-        colored = any(style for drawing in table.drawings for style in drawing.styles)
-        colors = "; green: signal was found, red: it was not" if colored else ""
-        yield console.render_str(table.legend + colors, style="dim", markup=False, highlight=False, emoji=False)
+_MARK = " ~"
+_NOTES = {
+    "signal": "signal = |m^|",
+    "noise": "noise = |v^|^(1/2)",
+    "pseudo_snr": "pseudo_snr = |m^| / |v^|^(1/2)",
+    "floor": "floor: what pure noise shows as pseudo_snr",
+    "snr": "snr: power of the true gradient over that of the noise, 95 % within 1.96 errors",
+    "persistence": "persistence: the share of the signal that lasts over m's memory",
+    "significant": "significant: of elements, 5 % in pure noise",
+    "effective_step": "effective_step: rms of the update over that of the parameters",
+}
 
 
 def numbers(report) -> Table:
     """The numbers of a report."""
+    names, order = _marked(report)
     rows = [*report.rows, {"name": "total", **report.total}]
-    cells = [[row["name"], *(_text(key, row) for key in _SHOWN), _scale_text(row)] for row in rows]
-    unit = "batches" if report.batch_size is None else "examples"
-    legend = (
-        "signal = |m^|, noise = |v^|^(1/2), pseudo_snr their ratio, floor what pure noise shows of it\n"
-        "snr: power of the true gradient over that of the noise, 95 % within 1.96 errors; persistence: the share of\n"
-        "the signal that lasts over m's memory; significant: of elements, 5 % in pure noise; effective_step: rms of\n"
-        f"the update over that of the parameters; noise scale in {unit}, with its 95 % interval"
-    )
+    cells = [[names[i], *(_text(key, rows[i]) for key in _SHOWN), _scale_text(rows[i])] for i in order]
+    legend = f"noise scale in {'batches' if report.batch_size is None else 'examples'}, with its 95 % interval"
     window = getattr(report, "window", 0)
     over = f"; snr, persistence and noise scale over about {window:,} steps" if window else ""
     title = f"step {report.step:,}{over}"
-    return Table(title, ("layer", *_SHOWN, "noise scale"), cells, legend, spare=_SPARE)
+    return Table(title, ("layer", *_SHOWN, "noise scale"), cells, legend + _meant(names), spare=_SPARE, notes=_NOTES)
 
 
 def bars(report) -> Table:
     """The numbers of a report, and a bar for each SNR that is above 0, on the scale of `sparklines`."""
-    snr, least = (np.append(report.columns[key], report.total[key]) for key in ("snr", "snr_low"))
+    _, order = _marked(report)
+    snr, least = (np.append(report.columns[key], report.total[key])[order] for key in ("snr", "snr_low"))
     shares, styles = _shares(snr, *_range(snr)), _styles(least)
     drawings = tuple(
         Drawing((_bar(share) if x > 0 else "").ljust(_BAR), (style,) * _BAR)
         for x, share, style in zip(snr, shares, styles, strict=True)
     )
     return dataclasses.replace(numbers(report), drawn="SNR".ljust(_BAR), drawings=drawings)
+
+
+def _marked(seen) -> tuple[list[str], list[int]]:
+    """The names of a report or of a history's last one, and 'total', marked; and the order in which to show them."""
+    layers = [*seen.names]
+    noise = np.atleast_2d(is_rounding(seen.columns))[-1] if layers else ()
+    names = [name + _MARK * bool(x) for name, x in zip(layers, noise, strict=True)]
+    return [*names, "total"], [*network_order(layers), len(layers)]
+
+
+def _meant(names: list[str]) -> str:
+    return f";{_MARK}: the gradient is at the level of rounding" if any(x.endswith(_MARK) for x in names) else ""
 
 
 def sparklines(history, key: str, width: int) -> Table:
@@ -147,6 +82,8 @@ def sparklines(history, key: str, width: int) -> Table:
     if width < 1:
         raise ValueError(f"width={width}: a sparkline needs at least 1 character")
     tracks = {each: _tracks(history, each) for each in {key, "snr_low", "snr_error"} & {key, *history.total}}
+    names, order = _marked(history)
+    tracks = {each: track[order] for each, track in tracks.items()}
     known = np.array([_medians(track, width) for track in tracks[key]])
     least, errors = (tracks.get(each, np.full_like(tracks[key], np.nan)) for each in ("snr_low", "snr_error"))
     low, high = _range(known)
@@ -155,12 +92,13 @@ def sparklines(history, key: str, width: int) -> Table:
         for values, each in zip(known, least, strict=True)
     )
     rows = [
-        [name, *(_text(key, {key: track[t], "snr_error": error[t]}) for t in (0, -1))]
-        for name, track, error in zip((*history.names, "total"), tracks[key], errors, strict=True)
+        [names[i], *(_text(key, {key: track[t], "snr_error": error[t]}) for t in (0, -1))]
+        for i, track, error in zip(order, tracks[key], errors, strict=True)
     ]
     first, last, reports = history.steps[0], history.steps[-1], len(history)
     legend = f"▁ is {low:.2g} or less, █ {high:.2g} or more, logarithmic in between; a gap: no number"
     legend += f"; a block: the median of up to {math.ceil(reports / width)} reports" if reports > width else ""
+    legend += _meant(names)
     title = f"{key} in {reports:,} report{'s' if reports > 1 else ''}"
     heads = ("layer", f"step {first:,}", f"step {last:,}")
     return Table(title, heads, rows, legend, "over time", drawings, heads[1:2])
