@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import snr_adam
 from snr_adam.state.footprint import Footprint, footprint
 from snr_adam.state.sharding import LikeParameters, Zero1, state_sharding
-from snr_adam.telemetry._averages import Means
+from snr_adam.telemetry._state import means_in
 from snr_adam.telemetry._lags import Lags
 
 STORAGES = ("float32", "bfloat16", "packed")
@@ -441,7 +441,7 @@ def test_the_same_telemetry_on_every_mesh(mesh, policy):
     (_, want), (_, got) = (_trained(*each, optimizers=_observed) for each in (("1", "like parameters"), (mesh, policy)))
     want, got = want["observed"], got["observed"]
     jax.tree.map(np.testing.assert_array_equal, got.inner, want.inner)
-    got_means, means = Means(*got.means), Means(*want.means)
+    got_means, means = means_in(got.means), means_in(want.means)
     assert np.all(means.gradient_sq > 0)
     np.testing.assert_allclose(got_means.gradient_sq, means.gradient_sq, rtol=1e-6)
     assert np.all(np.abs(got_means.persistent - means.persistent) <= 1e-6 * means.gradient_sq)

@@ -162,7 +162,7 @@ def _compiled(tx, shape=BIG):
     [
         ("snr_adam.adamw", 28, 0),  # g, m and v; rarely, one more pass over g, m, v and p
         ("snr_adam.adamw, packed", 20, 0),
-        ("optax.sgd", 36, 8),  # whose update ends in a product, so it is not made to wait for the look
+        ("optax.sgd", 40, 8),  # whose update ends in a product, so it is not made to wait for the look
     ],
 )
 def test_no_temporaries_and_no_byte_too_many(name, extra, kept):
@@ -182,7 +182,7 @@ def test_memory_grows_with_layers_and_not_with_parameters():
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)._replace(inner=None)))
 
     small, large = [jnp.zeros(3)] * 10, [jax.ShapeDtypeStruct((3000, 3000), jnp.float32)] * 10
-    assert own(small) == own(large) < (40 + 6 * 128) * 11  # sketches of a burst, and some rows
+    assert own(small) == own(large) < (60 + 6 * 128) * 11  # sketches of a burst, and some rows
 
 
 def _sharded(axis_type):
@@ -303,7 +303,7 @@ def _assert_right(tx, snr, runs, slack):
 
 @pytest.mark.parametrize("snr", [0.0, 0.1, 10.0])
 def test_the_snr_is_right(snr):
-    _assert_right(KINDS["adam"](0.9, 0.999), snr, runs=60, slack=1)
+    _assert_right(KINDS["adam"](0.9, 0.999), snr, runs=200, slack=2)
 
 
 @pytest.mark.slow
@@ -417,7 +417,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
 def test_a_running_optimizer_can_be_observed_from_now_on():
     """Its moments are full of gradients that were never seen."""
     rng = np.random.default_rng(0)
-    grads = [jnp.asarray(1.0 + rng.normal(size=3000), "float32") for _ in range(60)]
+    grads = [jnp.asarray(1.0 + rng.normal(size=3000), "float32") for _ in range(146)]
     plain = optax.adam(1e-3)
     _, inner = _train(plain, jnp.ones(3000), grads[:50])
     tx = snr_adam.observe(plain)
@@ -425,7 +425,7 @@ def test_a_running_optimizer_can_be_observed_from_now_on():
     update = jax.jit(tx.update)
     for g in grads[50:]:
         _, state = update(g, state, jnp.ones(3000))
-    assert snr_adam.report(state).total["snr"] == pytest.approx(1.0, rel=0.1)
+    assert snr_adam.report(state).total["snr"] == pytest.approx(1.0, rel=0.2)
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True])

@@ -155,8 +155,14 @@ class Heights:
         return {"spike": self.z, "spike_step": self.began, "spike_peak": self.peak}
 
 
-@pytest.mark.parametrize(("name", "every"), [*((name, 1) for name in TXS), ("guard outside", 3)])
-@pytest.mark.parametrize("where", ["cpu", "default"])
+CASES = [(name, 1, "cpu") for name in TXS] + [("guard outside", 3, "cpu")]
+CASES += [(name, 1, "default") for name in ("guard outside", "packed")]
+LONG = [("guard inside", 1, "default"), ("injected", 1, "default"), ("guard outside", 3, "default")]
+
+
+@pytest.mark.parametrize(
+    ("name", "every", "where"), [*CASES, *(pytest.param(*x, marks=pytest.mark.slow) for x in LONG)]
+)
 def test_every_number_is_that_of_a_recursion(name, every, where, monkeypatch):
     """Behind a clip, with steps that are skipped, in a scan. On accelerators there are no details."""
     if where == "default":

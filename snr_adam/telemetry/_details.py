@@ -55,33 +55,32 @@ def details(step: Shown, last: Last, memory: Memory) -> Last:
 
 
 def _of(seen, leaf, p, u, least) -> list:
-    """The rows of one leaf: sums, and the largest elements."""
+    """The rows of one leaf: the largest elements, and sums."""
     (m, v), p = seen.after(), None if p is None else _tree.jax_array(p)
-    update, new = seen.update(None if p is None else widen(p)), None
-    if p is not None and seen.rate is not None:
-        new = jnp.asarray(optax.apply_updates(p, update.astype(u.dtype)))
-    is_noise = v is not None and seen.noise != "unknown"
-    is_fair = v is not None and bool(seen.first and seen.second) and not seen.repeats
-    return _rows(seen.gradient(), m, v, update, p, new, least, axis=leaf.axis, is_noise=is_noise, is_fair=is_fair)
+    is_tested = bool(v is not None and seen.first and seen.second and not seen.repeats)
+    v = None if seen.noise == "unknown" else v
+    update = seen.update(None if p is None else widen(p))
+    to = None if seen.rate is None else str(jnp.result_type(u))
+    return _rows(seen.gradient(), m, v, update, p, least, axis=leaf.axis, is_tested=is_tested, to=to)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "is_noise", "is_fair"))  # traced once for all leaves of one shape
-def _rows(g, m, v, update, p, new, least, *, axis, is_noise: bool, is_fair: bool) -> list:
-    """The same of arrays: v is the square of the noise if `is_noise`, and both decays are known if `is_fair`."""
+@functools.partial(jax.jit, static_argnames=("axis", "is_tested", "to"))  # traced once for all leaves of one shape
+def _rows(g, m, v, update, p, least, *, axis, is_tested, to):
+    """is_tested: whether `hits` have a meaning; to: the dtype of the update, None if `update` is not all of it."""
     hits = moving = jnp.zeros((), jnp.float32)
     relative = lost = moved = jnp.full((), jnp.nan)
-    if is_noise:
+    if v is not None:
         v = jnp.broadcast_to(v, g.shape)
         relative = jnp.where(v > 0, abs_sq(g) / jnp.where(v > 0, v, 1.0), 0.0)
-    if is_fair:
+    if v is not None and is_tested:
         shape = [1] * g.ndim
         if axis is not None:
             shape[axis] = -1
-        moving = jnp.broadcast_to(v, g.shape) > 0
+        moving = v > 0
         hits = (g != 0) & moving & (abs_sq(m) > least.reshape(shape) * v)
-    if new is not None:
+    if p is not None and to is not None:
         moved = update != 0
-        lost = moved & (new == p)
+        lost = moved & (jnp.asarray(optax.apply_updates(p, update.astype(to))) == p)
     param = jnp.nan if p is None else abs_sq(widen(p))
     xs = [*map(jnp.abs, (g, m, update)), hits, moving, abs_sq(update), param, relative, lost, moved]
     return sums.rows([jnp.asarray(x) for x in xs], axis, _with_largest)

@@ -202,15 +202,16 @@ class Shown:
 
     def after_the_step(self, seeds: list) -> Taken:
         """All sums from what the step ended with; what was before it follows from m_t = (1-k) m_{t-1} + c g_t."""
+
         each = zip(self.seen, seeds, self.observed, strict=True)
         found = [_after(seen.gradient(), _new(seen), *seen.after(), seed, axis=leaf.axis) for seen, seed, leaf in each]
-        (power, new, zeros, first, second), sketches = sums.joined(found)
+        (power, inner, zeros, first, second), sketches = sums.joined(found)
         gain, leak = self.field(self.firsts, "gain"), self.field(self.firsts, "leak")
         left = jnp.where(leak < 1, 1 / jnp.where(leak < 1, 1 - leak, 1.0), jnp.nan)
         newest = gain * gain * power
-        before = first - 2 * gain * new + newest
+        before = first - 2 * gain * inner + newest
         before = jnp.where(before > _ROUNDING * (first + newest), before * left * left, jnp.nan)
-        return Taken(power, (new - gain * power) * left, zeros, before, first, second, sketches)
+        return Taken(power, (inner - gain * power) * left, zeros, before, first, second, sketches)
 
     def numbers(self, taken: Taken, before: Memory, after: Memory):
         """The row of this look, without details, and L."""
@@ -219,7 +220,7 @@ class Shown:
         (weight, square), (old, _) = self.weights(after), self.weights(before, 1)
         own = self.field(self.firsts, "debias")
         debias = jnp.where(own > 0, own, 1 / weight)
-        alone = self.row([float("nan") if seen.repeats else 1.0 for seen in self.seen])
+        alone = self.row([_UNKNOWN if seen.repeats else 1.0 for seen in self.seen])
         rho = alone * debias * debias * square
         noise = jnp.where(self.of_kind("none"), power, self.row(self.factors()) * taken.second)
         floor = jnp.where(self.of_kind("direct"), jnp.nan, rho)
@@ -247,7 +248,7 @@ class Shown:
 
 @functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
 def _before(g, x, m, noise: list, seed, y, *, axis, take):
-    """The sums over rows of |g|^2, <m, g>, the zeros in g, the noise where there is one, and of x, or g, with signs.
+    """The sums over rows of |g|^2, <m, g>, zeros in g, the noise where there is one, and of x, or g, with signs.
 
     y: what to make them beside, and the step, or None."""
     zeros = (g == 0).astype(jnp.float32)
@@ -257,7 +258,7 @@ def _before(g, x, m, noise: list, seed, y, *, axis, take):
 
 @functools.partial(jax.jit, static_argnames="axis")
 def _after(g, x, m, v, seed, *, axis):
-    """The sums over rows of |g|^2, <m, g>, the zeros in g, |m|^2, v and of x, or g, with signs."""
+    """The sums over rows of |g|^2, <m, g>, zeros in g, |m|^2, v and of x, or g, with signs."""
     v = jnp.zeros((), jnp.float32) if v is None else v
     x = lags.signed(g if x is None else x, seed, axis)
     return sums.rows([abs_sq(g), sums.inner(m, g), g == 0, abs_sq(m), v, x], axis)
