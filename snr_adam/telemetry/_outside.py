@@ -146,7 +146,7 @@ class Outside(NamedTuple):
 
     @property
     def repeats(self) -> bool:
-        """Whether the moment sees some of the gradient of the step before. One that did is no average, and not known."""
+        """Whether the moment sees some of the gradient of the step before; one that did would be no average."""
         return False
 
     @property
