@@ -31,20 +31,23 @@ def test_what_was_printed_for_a_batch_is_what_advise_prints():
 
 
 def test_multiples_of_steps_and_examples_lie_within_their_printed_intervals():
-    """On two workloads, from 8 to 512: the mean over starts, within the intervals that the median start had."""
+    """On two workloads, from 8 to 512: the mean over starts, within what was printed to nearly every one of them."""
     rows = results("batch_size")
     assert {(row["workload"], row["batch"]) for row in rows} == {
         (name, batch) for name in batch_size.GOALS for batch in batch_size.BATCHES
     }
     for row in rows:
         assert np.isfinite(row["times"])
-        assert row["low"] - row["error"] <= row["times"] <= row["high"] + row["error"], row
-        assert row["times"] == pytest.approx(row["steps"] / batch_size_of(rows, row)["steps"])
-
-
-def batch_size_of(rows, row) -> dict:
-    """The row of batches of 64 of the same workload."""
-    return next(x for x in rows if (x["workload"], x["batch"]) == (row["workload"], batch_size.BATCH))
+        assert row["low"] <= row["times"] <= row["high"]
+        inside = [low <= row["times"] <= high for _, low, high in row["printed"]]
+        assert sum(inside) == row["inside"] >= 0.8 * len(inside)
+        base = next(x for x in rows if (x["workload"], x["batch"]) == (row["workload"], batch_size.BATCH))
+        assert row["times"] == pytest.approx(row["steps"] / base["steps"])
+        scales = [NoiseScale(*scale, "mean over the run") for scale in row["noise_scales"]]
+        now = batch_size.multiples([advise(scale, batch_size.BATCH, 1e-3) for scale in scales], row["batch"])
+        np.testing.assert_allclose(
+            now, row["printed"], rtol=1e-6, err_msg="advise says something else now: run it again"
+        )
 
 
 def test_the_docs_show_the_results():

@@ -154,11 +154,8 @@ class Outside(NamedTuple):
         return widen(_tree.jax_array(self.g))
 
     @property
-    def given(self):
-        return self.gradient
-
-    @property
     def repeats(self) -> bool:
+        """Whether the moment sees some of the gradient of the step before; one that did would be no average."""
         return False
 
     @property
