@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 import snr_adam
 from snr_adam.state.footprint import Footprint, footprint
 from snr_adam.state.sharding import LikeParameters, Zero1, state_sharding
-from snr_adam.telemetry._state import means_in
 from snr_adam.telemetry._lags import Lags
+from snr_adam.telemetry._state import means_in
 
 STORAGES = ("float32", "bfloat16", "packed")
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
