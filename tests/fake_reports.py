@@ -72,7 +72,7 @@ def measured(batch_size=None, examples=None, step=7, **numbers) -> Report:
     means |= {"moved": moved, "lost": of("lost_updates") * moved, "zeros": of("zero_gradients") * size}
     squares = {key: of(name) ** 2 for key, name in ROOT_OF.items()}
     plain = {key: of(key) for key in ("persistent", "share_sum", "power_sum", "slack", "above", "least_sum")}
-    plain |= {key: of(key) for key in ("product", "clipped", "spike", "spike_step", "spike_peak")}
+    plain |= {key: of(key) for key in ("product", "clipped", "spike", "spike_step", "spike_peak", "skipped")}
     plain |= {f"largest_{key}": of(f"largest_{key}") for key in ("gradient", "signal", "update")}
     sums = Sums(size=size, counted=counted, **means, **squares, **plain)
     of_all = columns(sums.add(), batch_size, examples)

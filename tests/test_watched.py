@@ -113,6 +113,7 @@ def expected(every: int) -> list:
                     "step_gradient_norm": norm([of(g)]),
                     "unclipped_norm": norm([of(g)]) / scale,
                     "clipped": clipped if looks > 1 else np.nan,
+                    "skipped_share": (i + 1 - count) / (i + 1),
                     "cosine": np.sum(of(old) * of(g)) / length if length else np.nan,
                     "zero_gradients": np.mean(of(g) == 0),
                     "relative_gradient": np.sqrt(

@@ -8,7 +8,7 @@ import numpy as np
 OF_LAGS = ("share_sum", "power_sum", "spread", "slack", "above", "least_sum")
 _ALONE = ("persistent", "persistent_half", *OF_LAGS, "product", "before_sq", "unclipped_sq", "rate_sum", "relative_sq")
 """Sums that are unknown for all if they are for one."""
-_LARGEST = ("spike", "spike_step", "spike_peak", "clipped")
+_LARGEST = ("spike", "spike_step", "spike_peak", "clipped", "skipped")
 _LARGEST += ("largest_gradient", "largest_signal", "largest_update")
 """What is no sum: of several rows the largest."""
 
@@ -20,7 +20,7 @@ class Sums:
     share_sum to least_sum are of `_lags`: S, a, the square of half the width of the interval of S, what it is wider to
     both sides and above, and the least that S can be. persistent_half: as spread, of L. From power on as in
     `_averages.Last`; unclipped_sq: the power before a guard clipped, rate_sum: the learning rate times the size. The
-    spikes are of `_spikes`.
+    spikes are of `_spikes`; skipped is the share of steps that a guard did not take.
     """
 
     size: np.ndarray
@@ -56,6 +56,7 @@ class Sums:
     spike: np.ndarray
     spike_step: np.ndarray
     spike_peak: np.ndarray
+    skipped: np.ndarray
 
     def pick(self, rows) -> "Sums":
         return Sums(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))

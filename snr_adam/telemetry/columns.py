@@ -170,6 +170,11 @@ COLUMNS: dict[str, Column] = {
         lambda r: r.sums.clipped,
         "The share of steps whose gradients a guard has clipped, an average; not known where none clips.",
     ),
+    "skipped_share": Column(
+        lambda r: r.sums.skipped,
+        "The share of all steps that a guard has not taken, for gradients that were not finite or spiked; not known "
+        "without a guard.",
+    ),
     "cosine": Column(
         lambda r: r.sums.product / np.sqrt(r.sums.before_sq * r.sums.power),
         "The cosine between the gradient and m before it. Around 0 in pure noise; below 0 the gradient turns round.",

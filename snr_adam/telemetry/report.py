@@ -24,6 +24,7 @@ from snr_adam import _moments as moments
 from snr_adam import _tree
 from snr_adam._checks import check_pattern
 from snr_adam._given import check_known, readable
+from snr_adam.guard import GuardState
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
@@ -159,7 +160,7 @@ class _Part(NamedTuple):
     window: int
 
 
-def _read(state: ObserveState) -> _Part:
+def _read(state: ObserveState, guards: list[GuardState]) -> _Part:
     names, sizes = _names(state)
     rows, last, lags = _host(state.means), Last(*_host(state.last)), Lags(*_host(state.lags))
     means, spikes = means_in(rows), spikes_in(rows)
@@ -180,9 +181,12 @@ def _read(state: ObserveState) -> _Part:
     of_means = {"persistent": means.persistent, "persistent_half": lasting**2, "clipped": means.clipped}
     of_means |= dict(zip(OF_LAGS, of_lags, strict=True))
     of_means |= {"spike": spikes.z, "spike_step": spikes.began, "spike_peak": spikes.peak}
+    skipped = max((int(_host(guard.skipped)) for guard in guards), default=0)
+    share = skipped / (skipped + count) if guards and skipped + count else np.nan
     same = {key: x for key, x in last._asdict().items() if key in SUMS}
     with np.errstate(divide="ignore", invalid="ignore"):
         made = {"unclipped_sq": last.power / last.scale**2, "rate_sum": last.rate * sizes}
+    made |= {"skipped": np.full_like(sizes, share)}
     made |= {"gradient_sq": means.gradient_sq[:-1], **{key: x[:-1] for key, x in of_means.items()}}
     rows = Sums(size=sizes, **same, **made)
     # leaves share examples, so their errors are not independent: the total has its own
@@ -219,7 +223,8 @@ def report(opt_state, batch_size: float | None = None, examples: int | None = No
             f"no telemetry in this state ({moments.kinds_in(opt_state)}): wrap the optimizer, "
             "tx = snr_adam.observe(tx), and pass the state of that one"
         )
-    parts = [_read(state) for state in states]
+    guards = _tree.nodes(GuardState, opt_state)
+    parts = [_read(state, guards) for state in states]
     parts = [part for part in parts if part.names] or parts[:1]
     names = tuple(name for part in parts for name in part.names)
     sums = Sums.join([part.sums for part in parts])
