@@ -369,7 +369,9 @@ def test_no_estimate_before_the_first_burst_ends():
 
 def test_every_quantity_is_explained_in_a_sentence():
     seen = snr_adam.report(_watched())
-    lines = seen.explain().split("\n")
+    text = seen.explain()
+    assert max(map(len, text.splitlines())) <= 100
+    lines = re.sub(r"\n +", " ", text).split("\n")
     assert [line.split()[0] for line in lines] == list(seen.columns)
     for line in lines:
         said = line.split(maxsplit=1)[1]

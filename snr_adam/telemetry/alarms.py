@@ -3,8 +3,8 @@
     for alarm in alarms(history):
         print(alarm)
 
-A rule about the whole model holds an end of a 95 % interval, never the estimate alone, to its limit, and speaks when it
-has held in several reports in a row up to the last. Rules about layers speak of what is exact: no gradient, numbers
+A rule about an estimate compares an end of its 95 % interval with a limit, never the estimate itself, and speaks if it
+has held in every report from some step on to the last. Rules about layers speak of what is exact: no gradient, numbers
 that are not finite, gradients that are rounding. Where a number is not known, or a history lacks it, nothing is said.
 
     rule            speaks if                                                  in

@@ -42,16 +42,19 @@ _LARGEST = 2.0**15  # of the numbers of a layer, in the units in which they are 
 
 
 def page(history, *, title: str, batch_size: float | None = None, refresh: float | None = None) -> str:
-    """The text of an HTML file that shows a run.
+    """The text of an HTML file that shows a run. Its arguments are those of `History.page`.
 
     Args:
       history: a `History`.
       title: a name for the run.
-      batch_size: the examples in a batch, where the reports were made without; None to take it from them.
+      batch_size: what `report` was told, if the history is of a file that does not say it; None to take it from there.
       refresh: after how many seconds an open page reads its file again; None for never.
 
     Returns:
-      The text, below 3 MB.
+      The text, below 3 MB for 300 layers in 1,000 reports.
+
+    Raises:
+      ValueError: if `refresh` is no number of seconds above 0.
     """
     if refresh is not None and not (math.isfinite(refresh) and refresh > 0):
         raise ValueError(f"refresh={refresh!r}: give a number of seconds, or None")
@@ -83,10 +86,9 @@ def page(history, *, title: str, batch_size: float | None = None, refresh: float
         "first": _FIRST,
         "layers": {key: _packed(layers[key][shown].T) for key in kept},
     }
-    numbers = {"batch": batches[shown]}, {key: x[shown] for key, x in total.items() if key != "size"}
+    totals = ",".join(f"{json.dumps(key)}:{_numbers(x[shown])}" for key, x in total.items() if key != "size")
     text = json.dumps(data, separators=(",", ":"))[:-1]
-    text += f',"batch":{_numbers(numbers[0]["batch"])},"total":{{'
-    text += ",".join(f"{json.dumps(key)}:{_numbers(x)}" for key, x in numbers[1].items()) + "}}"
+    text += f',"batch":{_numbers(batches[shown])},"total":{{{totals}}}}}'
     template = string.Template((pkgutil.get_data("snr_adam.telemetry", "page.html") or b"").decode())
     return template.substitute(title=html.escape(title), data=text.replace("<", "\\u003c"))
 

@@ -170,8 +170,8 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
 
     Args:
       history: a `History` or reports.
-      batch_size: the examples in a batch, where the reports do not tell; None to take it from them. If none was given
-        to `report`, all is in batches.
+      batch_size: what `report` was told, if the history is of a file that does not say it; None to take it from there.
+        If `report` was told none, all is in batches.
       axes: where to draw; None for a new figure.
     """
     history, axes = _history(history), frame.axes(axes)

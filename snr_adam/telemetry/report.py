@@ -13,6 +13,7 @@ accelerators they are not), the others averages.
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,8 +110,10 @@ class Report:
         return self.names[min(newest, key=lambda i: (began[i], -peak[i]))] if newest else None
 
     def explain(self) -> str:
-        """A sentence for each quantity."""
-        return "\n".join(f"{key:17} {column.says}" for key, column in COLUMNS.items())
+        """What each quantity says, in lines of 100 characters."""
+        width = max(map(len, COLUMNS)) + 2
+        said = [f"{key:{width}}{column.says}" for key, column in COLUMNS.items()]
+        return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * width) for line in said)
 
     def __str__(self) -> str:
         return str(text.numbers(self))
