@@ -321,8 +321,20 @@ def _code(text: str) -> str:
 _WHERE = {key: page for names in reversed(pages().values()) for key, page in names}
 
 
+def _whole_code(lines) -> list[str]:
+    """The lines with `code` that goes on in the next line in one of them."""
+    out: list[str] = []
+    for line in lines:
+        if out and out[-1].count("`") % 2 and line.strip() and ">>>" not in out[-1]:
+            out[-1] += " " + line.strip()
+        else:
+            out.append(line)
+    return out
+
+
 def as_rst(app, what, name, obj, options, lines) -> None:
     """Docstrings as they are written here, in reStructuredText: indented equations, `code`, Args and Returns."""
+    lines[:] = _whole_code(lines)
     out, section, literal, doctest = [], "", False, False
     for i, line in enumerate(lines):
         text, indented = line.strip(), line.startswith(" ")

@@ -49,11 +49,12 @@ def test_docstrings_are_plain_text_with_equations():
         "    u = m_t / n",
         "",
         "Args: as `adam`, and",
-        "  b: `x + 1`",
+        "  b: `x + 1`, `y of",
+        "    two lines`",
         "",
     ]
     reference.as_rst(None, "function", "f", None, None, lines)
     assert lines[0] == r"Divides \|m^\| by n\_, *once*: see :py:obj:`adam <snr_adam.adam>`."
     text = "\n".join(lines)
     assert ".. code-block:: text\n\n    u = m_t / n\n" in text
-    assert "Args:\n  b: ``x + 1``" in text
+    assert "Args:\n  b: ``x + 1``, ``y of two lines``" in text
