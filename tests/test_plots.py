@@ -409,3 +409,18 @@ def test_a_large_heat_map_takes_less_than_a_second(tmp_path):
     start = time.process_time()  # of the processor, so that other work on the machine does not count
     plots.heat_map(history).figure.savefig(tmp_path / "large.png")
     assert time.process_time() - start < 1
+
+
+def test_curves_run_against_examples():
+    """Which need not be as many in every step; without a batch size there is no such axis."""
+    seen = list(fake_reports(3, 2, every=10))
+    for report, size in zip(seen, (8, 8, 16), strict=True):
+        report.batch_size = size
+    for picture in (plots.signal_and_noise, plots.snr, plots.noise_scale):
+        axes = picture(seen, against="examples")
+        assert axes.get_xlabel() == "examples"
+        assert axes.get_lines()[0].get_xdata().tolist() == [80, 160, 320]
+        with pytest.raises(ValueError, match="against='examples': some reports were not told a batch size"):
+            picture(list(fake_reports(3, 2)), against="examples")
+        with pytest.raises(ValueError, match="against='epochs': give 'steps' or 'examples'"):
+            picture(seen, against="epochs")

@@ -220,10 +220,10 @@ def test_noise_and_levels_that_drift_are_no_spikes():
     np.testing.assert_allclose(still.z[spikes.FEW :], 0, atol=1e-3)
 
 
-def test_a_spike_does_not_hide_the_next_and_a_new_level_is_learned():
+def test_spikes_do_not_hide_the_next_and_a_new_level_is_learned():
     rng = np.random.default_rng(1)
     powers = np.exp(0.2 * rng.normal(size=(300, 1)))
-    powers[[100, 130, 140]] *= 100
+    powers[[100, 101, 102, 130, 140]] *= 100
     powers[200:] *= 100
     found = followed(powers)
     began = np.asarray(found.began)[:, 0]

@@ -5,7 +5,7 @@ With x_t = log |g_t| of the steps looked at, and its mean and variance over the 
     z_t = (x_t - mean_{t-1}) / sd_{t-1}
 
 A spike is a z above 6; it lasts until 20 steps have passed without another. What enters the mean is cut off at 6
-standard deviations, so that one spike does not hide the next, and a level that has changed is learned in some ten
+standard deviations, so that a few spikes do not hide the next, and a level that has changed is learned in some ten
 looks. Logarithms, because a gradient is rather so many times as large than so much larger. |g| is what it was before
 a guard clipped it; of what `optax.clip_by_global_norm` has clipped, nothing is known.
 """

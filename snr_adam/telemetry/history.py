@@ -106,6 +106,17 @@ class History:
         return np.array(self._batches, np.float64)
 
     @property
+    def examples(self) -> np.ndarray:
+        """The examples in all steps up to each report, float64 (T,); nan where a batch size was not told.
+
+        >>> from types import SimpleNamespace
+        >>> seen = {"names": (), "columns": {}, "total": {}}
+        >>> History([SimpleNamespace(step=t, batch_size=b, **seen) for t, b in ((10, 32), (20, 64))]).examples
+        array([320., 960.])
+        """
+        return np.cumsum(np.diff(self.steps, prepend=0) * self.batch_size)
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """A flat table, T L rows: step, name and every quantity of a layer. What covers all layers is in `total`.
 

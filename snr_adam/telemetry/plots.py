@@ -20,7 +20,7 @@ apart by colour-blind eyes and in print.
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from snr_adam.telemetry._matplotlib import Axes, Figure
 from snr_adam.telemetry.history import History
 
 Reports = History | Iterable[Any]
+Against = Literal["steps", "examples"]
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"
 _COLORS = mpl.colormaps["viridis"].with_extremes(bad="#dddddd")
@@ -53,7 +54,9 @@ _UNITS = {
 }
 
 
-def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
+def signal_and_noise(
+    history: Reports, layer: str | None = None, axes: Axes | None = None, against: Against = "steps"
+) -> Axes:
     """The norms of the true gradient and of a mini-batch's deviation from it over time, |G| and tr(Sigma)^(1/2).
 
     The estimates `gradient_signal` and `gradient_noise`, averages over some 80 looks: late where gradients shrink fast.
@@ -62,22 +65,25 @@ def signal_and_noise(history: Reports, layer: str | None = None, axes: Axes | No
       history: a `History` or reports.
       layer: the name of a layer; None for all layers together.
       axes: where to draw; None for a new figure.
+      against: what runs along the axis, "steps" or "examples": the steps times the batch size that was given to
+        `report`.
 
     Returns:
-      The axes: gradients in units of the loss per unit of weight, against steps; below the dotted line, half of the
-      95 % interval, a signal cannot be told from none.
+      The axes: gradients in units of the loss per unit of weight; below the dotted line, half of the 95 % interval, a
+      signal cannot be told from none.
     """
     history, axes = _history(history), frame.axes(axes)
+    along, of = _along(history, against)
     signal, noise = (_of(history, f"gradient_{each}", layer) for each in ("signal", "noise"))
     least = noise * np.sqrt(1.96 * _of(history, "snr_error", layer))
-    _line(axes, history, noise, "--", ORANGE, "noise: how mini-batches differ")
-    _line(axes, history, signal, "-", BLUE, "signal: the true gradient")
-    _line(axes, history, least, ":", GRAY, "limit: less signal cannot be seen")
+    _line(axes, along, noise, "--", ORANGE, "noise: how mini-batches differ")
+    _line(axes, along, signal, "-", BLUE, "signal: the true gradient")
+    _line(axes, along, least, ":", GRAY, "limit: less signal cannot be seen")
     axes.set_ylim(bottom=0)
-    return frame.finish(axes, "Signal and noise of the gradient" + _where(layer), _STEPS, f"gradient ({_GRADIENT})")
+    return frame.finish(axes, "Signal and noise of the gradient" + _where(layer), of, f"gradient ({_GRADIENT})")
 
 
-def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) -> Axes:
+def snr(history: Reports, layer: str | None = None, axes: Axes | None = None, against: Against = "steps") -> Axes:
     """The SNR that the optimizer sees over time, and its floor: pure noise. Below it, successive gradients turn round.
 
     Args, Returns: as for `signal_and_noise`.
@@ -90,13 +96,14 @@ def snr(history: Reports, layer: str | None = None, axes: Axes | None = None) ->
     ('SNR (a ratio; 1 is all signal)', [[0.9, 0.5], [0.33, 0.26]])
     """
     history, axes = _history(history), frame.axes(axes)
+    along, of = _along(history, against)
     seen, floor = _of(history, "pseudo_snr", layer), _of(history, "floor", layer)
-    _line(axes, history, seen, "-", GREEN, "SNR as the optimizer sees it")
-    _line(axes, history, floor, "--", GRAY, f"floor: pure noise shows {floor[-1]:.2f}")
+    _line(axes, along, seen, "-", GREEN, "SNR as the optimizer sees it")
+    _line(axes, along, floor, "--", GRAY, f"floor: pure noise shows {floor[-1]:.2f}")
     above = {"where": seen > floor, "color": GREEN, "alpha": 0.15, "lw": 0}
-    axes.fill_between(history.steps, floor, seen, label="_above the floor", **above)
+    axes.fill_between(along, floor, seen, label="_above the floor", **above)
     axes.set_ylim(bottom=0)
-    return frame.finish(axes, "Signal-to-noise ratio" + _where(layer), _STEPS, "SNR (a ratio; 1 is all signal)")
+    return frame.finish(axes, "Signal-to-noise ratio" + _where(layer), of, "SNR (a ratio; 1 is all signal)")
 
 
 def heat_map(history: Reports, key: str = "pseudo_snr", layers: str = "", axes: Axes | None = None) -> Axes:
@@ -162,7 +169,9 @@ def depth(history: Reports, layers: str = "", axes: Axes | None = None) -> Axes:
     return frame.finish(axes, "SNR against depth", _UNITS["pseudo_snr"], axes.get_ylabel())
 
 
-def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | None = None) -> Axes:
+def noise_scale(
+    history: Reports, batch_size: float | None = None, axes: Axes | None = None, against: Against = "steps"
+) -> Axes:
     """The noise scale over time with its 95 % interval, and the batch size that was used.
 
     Batches far below the noise scale are mostly noise, far above it mostly waste. Where the signal is too weak to be
@@ -173,28 +182,30 @@ def noise_scale(history: Reports, batch_size: float | None = None, axes: Axes | 
       batch_size: what `report` was told, if the history is of a file that does not say it; None to take it from there.
         If `report` was told none, all is in batches.
       axes: where to draw; None for a new figure.
+      against: as for `signal_and_noise`.
     """
     history, axes = _history(history), frame.axes(axes)
+    along, of = _along(history, against)
     scale, low, high = (history.total[f"noise_scale{end}"] for end in ("", "_low", "_high"))
     beyond = np.isinf(scale) & np.isfinite(low) & (low > 0)
     value = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
     ends = np.maximum(low, value / 10), np.minimum(high, value * 10)
-    axes.fill_between(history.steps, *ends, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    axes.fill_between(along, *ends, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     # dots, for a number between two limits would be a line of length 0
-    axes.plot(history.steps, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
+    axes.plot(along, value, ".-", color=BLUE, ms=4, label="noise scale: as much signal as noise")
     if beyond.any():
-        axes.plot(history.steps[beyond], low[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
+        axes.plot(along[beyond], low[beyond], "^", color=ORANGE, ms=5, label="at least: beyond measurement")
     batches = history.batch_size if batch_size is None else np.full(len(history), float(batch_size))
     sizes = np.unique(batches[np.isfinite(batches)])
     if len(sizes) > 1:
         used = f"batch size used: {sizes[0]:,g} to {sizes[-1]:,g}"
-        axes.step(history.steps, batches, ls="--", color=GRAY, label=used)
+        axes.step(along, batches, ls="--", color=GRAY, label=used)
     else:
         used = f"batch size used: {sizes[0]:,g}" if len(sizes) else "the batch that was used"
         axes.axhline(sizes[0] if len(sizes) else 1, ls="--", color=GRAY, label=used)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(frame.THOUSANDS)
-    return frame.finish(axes, "Noise scale", _STEPS, f"noise scale ({'examples' if len(sizes) else 'batches'})")
+    return frame.finish(axes, "Noise scale", of, f"noise scale ({'examples' if len(sizes) else 'batches'})")
 
 
 def overview(history: Reports, batch_size: float | None = None) -> Figure:
@@ -241,11 +252,24 @@ def _over_floor(history: History) -> np.ndarray:
     return history.columns["pseudo_snr"] / np.where(floor > 0, floor, np.nan)
 
 
-def _line(axes: Axes, history: History, values: np.ndarray, style: str, color: str, label: str) -> None:
+def _along(history: History, against: Against) -> tuple[np.ndarray, str]:
+    """Where the reports are along the axis of a curve, and its name."""
+    if against not in ("steps", "examples"):
+        raise ValueError(f"against={against!r}: give 'steps' or 'examples'")
+    if against == "steps":
+        return history.steps, _STEPS
+    if np.isnan(history.examples).any():
+        raise ValueError(
+            "against='examples': some reports were not told a batch size: report(opt_state, batch_size=32)"
+        )
+    return history.examples, "examples"
+
+
+def _line(axes: Axes, along: np.ndarray, values: np.ndarray, style: str, color: str, label: str) -> None:
     """A line; a single report is a point, which a line would not show. A missing quantity is named as such."""
-    marker = "o" if len(history) == 1 else ""
+    marker = "o" if len(along) == 1 else ""
     label += "" if np.isfinite(values).any() else " (not available)"
-    axes.plot(history.steps, values, style, marker=marker, color=color, label=label)
+    axes.plot(along, values, style, marker=marker, color=color, label=label)
 
 
 def _where(layer: str | None) -> str:
