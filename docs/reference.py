@@ -303,7 +303,8 @@ def _plain(text: str) -> str:
     parts = re.split(r"(`[^`]+`|(?<!\S)\*\w[\w ]*\*)", text)
     for i, part in enumerate(parts):
         if i % 2:
-            parts[i] = _code(part[1:-1]) if part[0] == "`" else part
+            joined = "\\ " if re.match(r"\w", parts[i + 1]) else ""  # `Alarm`s
+            parts[i] = (_code(part[1:-1]) if part[0] == "`" else part) + joined
         else:
             parts[i] = re.sub(r"([\\*|]|_(?!\w))", r"\\\1", part)
     return "".join(parts)

@@ -50,11 +50,11 @@ def test_docstrings_are_plain_text_with_equations():
         "",
         "Args: as `adam`, and",
         "  b: `x + 1`, `y of",
-        "    two lines`",
+        "    two lines` and `Word`s",
         "",
     ]
     reference.as_rst(None, "function", "f", None, None, lines)
     assert lines[0] == r"Divides \|m^\| by n\_, *once*: see :py:obj:`adam <snr_adam.adam>`."
     text = "\n".join(lines)
     assert ".. code-block:: text\n\n    u = m_t / n\n" in text
-    assert "Args:\n  b: ``x + 1``, ``y of two lines``" in text
+    assert "Args:\n  b: ``x + 1``, ``y of two lines`` and :py:obj:`Word`\\ s" in text
