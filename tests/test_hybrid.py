@@ -1,4 +1,4 @@
-"""Optimizers of `optax.contrib` in this package's wrappers and beside its own; docs/hybrid.md says how."""
+"""Optimizers of `optax.contrib` in this package's wrappers and beside its own; docs/how_to/hybrid.md says how."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ import pytest
 
 import snr_adam
 
-PAGE = (Path(__file__).parent.parent / "docs" / "hybrid.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "how_to" / "hybrid.md").read_text()
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
