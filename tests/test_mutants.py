@@ -57,6 +57,7 @@ from snr_adam import (
 from snr_adam import step as heart
 from snr_adam.state import sharding
 from snr_adam.telemetry import _lags as lags
+from snr_adam.telemetry import _writing as writing
 from snr_adam.telemetry import columns, history, plots, text, trackers
 
 checkpoint, migration = (sys.modules[f"snr_adam.state.{name}"] for name in ("digest", "migration"))
@@ -737,7 +738,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     ),
     # what is kept, and where
     "an unfinished file that two share": (
-        [replaced(history, "token_hex", lambda right: lambda size: f"{os.getpid()}")],
+        [replaced(writing, "token_hex", lambda right: lambda size: f"{os.getpid()}")],
         Caught(
             test_history.test_two_that_save_under_one_name_do_not_share_what_is_unfinished,
             ("run.npz",),
