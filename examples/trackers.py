@@ -6,7 +6,8 @@ there is `snr_adam.telemetry.histograms(opt_state)`. What goes where is a few li
 neither an account nor a server:
 
     TensorBoard    scalars over time, and a histogram over layers: its "distributions" are a heat map of the network
-    local files    metrics.csv, for any spreadsheet, and history.npz with every layer, for `snr_adam.History.load`
+    local files    metrics.csv, for any spreadsheet, history.npz with every layer, for `snr_adam.History.load`, and
+                   run.html, for a browser
 
     python3 -m uv run examples/trackers.py                                     trains and writes build/trackers/
     python3 -m uv tool run tensorboard --logdir build/trackers                 look at it in a browser
@@ -125,9 +126,11 @@ def main(args=None) -> None:
         for tracker in trackers:
             tracker.close()
     history.save(options.out / "history.npz")
+    history.page(options.out / "run.html")
     print(f"{history}\n\n{len(history)} looks at {len(history.names)} layers in {options.out.resolve()}:")
     print("   tensorboard/    python3 -m uv tool run tensorboard --logdir", options.out)
     print("   metrics.csv     a row for each look")
+    print("   run.html        the run as a page, to open in a browser")
     print(f"   history.npz     snr_adam.History.load({str(options.out / 'history.npz')!r})")
 
 
