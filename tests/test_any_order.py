@@ -178,12 +178,16 @@ def check(names, storages):
             got, want = (snr_adam.report(end[key][1], 8) for key in (storage, f"inside {storage}"))
             assert got.names == want.names
             for key, column in want.columns.items():
+                if key in THROUGH_NO_BRANCH and np.isnan(got.columns[key]).all():
+                    continue
                 near = 1e-5 if storage == "float32" else 2e-2
                 if key in ("param_rms", "effective_step"):
                     near = 5e-3  # of the parameters as they are given to it: rounded ones outside of carry_remainder
                 np.testing.assert_allclose(got.columns[key], column, rtol=near, atol=1e-6, err_msg=key)
 
 
+THROUGH_NO_BRANCH = ("learning_rate", "effective_rate", "lost_updates", "unclipped_norm", "clipped")
+"""What a step says of itself, and is not known where a branch, as that of `apply_if_finite`, lies between."""
 PAIRS = list(itertools.permutations(WRAPPERS, 2))
 
 

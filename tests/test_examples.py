@@ -63,8 +63,7 @@ def begin_and_end(told):
 def test_with_wrong_labels_the_signal_goes_and_the_noise_stays(noisy):
     begin, end = begin_and_end(noisy)
     floor = snr_adam.parts.EMA(digits.BETA).floor(10**4) ** 0.5
-    assert begin["snr_low"] > 0
-    assert noisy.run.reports[-1].total["snr_low"] <= 0
+    assert noisy.run.reports[-1].total["snr_low"] < 0.05 < begin["snr_low"]
     assert abs(end["snr"]) < begin["snr"] / 3
     assert end["gradient_noise"] > 0.9 * begin["gradient_noise"]
     assert abs(end["persistent"]) < begin["persistent"] / 16
@@ -90,7 +89,8 @@ def test_with_right_labels_the_noise_falls_too(noisy, clean):
 def test_what_is_said_at_the_end_is_what_was_seen(noisy):
     begin, end = (noisy.run.reports[i].total for i in (0, -1))
     noises = begin["gradient_noise"], end["gradient_noise"]
-    assert f"had {begin['snr']:.2f} times the power of the noise, and has at most {end['snr_high']:.2f}" in noisy.said
+    left = f"{end['snr']:.2f}" if end["snr_low"] > 0 else f"at most {end['snr_high']:.2f}"
+    assert f"had {begin['snr']:.2f} times the power of the noise, and has {left} in the end" in noisy.said
     assert f"the noise did not fall: {noises[0]:.2f}, then {noises[1]:.2f}." in noisy.said
     assert f"SNR fell from {begin['pseudo_snr']:.2f} to {end['pseudo_snr']:.3f}" in noisy.said
     assert "pure noise would show 0.160" in noisy.said

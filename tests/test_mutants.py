@@ -56,6 +56,7 @@ from snr_adam import (
 )
 from snr_adam import step as heart
 from snr_adam.state import sharding
+from snr_adam.telemetry import _frame as frame
 from snr_adam.telemetry import _lags as lags
 from snr_adam.telemetry import _writing as writing
 from snr_adam.telemetry import columns, history, plots, text, trackers
@@ -516,7 +517,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         Caught(test_checkpoint.test_every_bit_of_every_dtype, ("float32",)),
     ),
     "a move that forgets the count": (
-        [replaced(migration, "_move_moments", lambda right: lambda *args: right(*args)._replace(count=jnp.int32(0)))],
+        [replaced(migration, "move_moments", lambda right: lambda *args: right(*args)._replace(count=jnp.int32(0)))],
         Caught(test_migration.test_there_and_back, ("constant", "float32", "adam")),
     ),
     "a move that rounds to nearest": (
@@ -701,23 +702,23 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
     ),
     # what is drawn
     "colours from the extremes": (
-        [numpy_of(plots, "percentile", _reads_all)],
+        [numpy_of(frame, "percentile", _reads_all)],
         Caught(test_plots.test_colours_are_logarithmic_over_more_than_a_factor_of_ten, (1.0, 10.1)),
     ),
     "colours of an SNR to the extreme": (
-        [numpy_of(plots, "percentile", _reads_all)],
+        [numpy_of(frame, "percentile", _reads_all)],
         Caught(test_plots.test_colours_of_an_snr_begin_at_its_floor),
     ),
     "linear colours": (
-        [replaced(plots, "LogNorm", lambda right: plots.Normalize)],
+        [replaced(frame, "LogNorm", lambda right: frame.Normalize)],
         Caught(test_plots.test_colours_are_logarithmic_over_more_than_a_factor_of_ten, (1.0, 10.1)),
     ),
     "linear colours of an SNR": (
-        [replaced(plots, "LogNorm", lambda right: plots.Normalize)],
+        [replaced(frame, "LogNorm", lambda right: frame.Normalize)],
         Caught(test_plots.test_colours_of_an_snr_begin_at_its_floor),
     ),
     "logarithmic colours": (
-        [replaced(plots, "Normalize", lambda right: plots.LogNorm)],
+        [replaced(frame, "Normalize", lambda right: frame.LogNorm)],
         Caught(test_plots.test_colours_are_linear_over_less_and_where_numbers_are_not_positive, (1.0, 10.0)),
     ),
     "half of a band": (
@@ -729,7 +730,7 @@ MUTANTS: dict[str, tuple[list[tuple[Any, str, Callable]], Caught]] = {
         Caught(test_plots.test_the_band_of_a_noise_scale_ends_at_a_tenth_of_it),
     ),
     "400 names on one axis": (
-        [replaced(plots, "_NAMED_LAYERS", lambda right: 400)],
+        [replaced(frame, "NAMED_LAYERS", lambda right: 400)],
         Caught(test_plots.test_no_axis_has_more_names_than_can_be_read, ("heat_map", 400)),
     ),
     "an overview that ignores the batch size": (
