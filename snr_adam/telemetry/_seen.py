@@ -72,8 +72,8 @@ def observed_in(tree, found, rule, columns: int | None = None) -> list[Leaf]:
 class Taken(NamedTuple):
     """The sums of a look, (L,) each, with the m of before the step and of after it.
 
-    power: A. product: <m_{t-1}, g>. zeros: how many elements of g are 0. before_sq, first: |m_{t-1}|^2 and |m_t|^2.
-    second: the sum of the noise's square. sketches: (L, 128).
+    power: A. product: <m_{t-1}, g>. zeros: how many elements of g are 0, nan on accelerators. before_sq, first:
+    |m_{t-1}|^2 and |m_t|^2. second: the sum of the noise's square. sketches: (L, 128).
     """
 
     power: Any
@@ -169,8 +169,8 @@ class Shown:
         )
 
     def in_the_step(self, seeds: list, take, beside):
-        """A and <m_{t-1}, g> from what the step began with, the zeros in g, the square of the noise where it is no
-        average, and the sketches.
+        """A and <m_{t-1}, g> from what the step began with, the square of the noise where it is no average, and the
+        sketches.
 
         seeds: of the signs of each leaf. take: how rows are summed. beside(p, u): what to make the sums beside, so that
         XLA takes them into the kernel which makes p + u; None: nothing.
@@ -248,11 +248,10 @@ class Shown:
 
 @functools.partial(jax.jit, static_argnames=("axis", "take"))  # traced once for all leaves of one shape
 def _before(g, x, m, noise: list, seed, y, *, axis, take):
-    """The sums over rows of |g|^2, <m, g>, zeros in g, the noise where there is one, and of x, or g, with signs.
+    """The sums over rows of |g|^2, <m, g>, the noise where there is one, and of x, or g, with signs.
 
     y: what to make them beside, and the step, or None."""
-    zeros = (g == 0).astype(jnp.float32)
-    found = [abs_sq(g), sums.inner(m, g), zeros, *noise, lags.signed(g if x is None else x, seed, axis)]
+    found = [abs_sq(g), sums.inner(m, g), *noise, lags.signed(g if x is None else x, seed, axis)]
     return sums.rows(found if y is None else [_compiler.beside(x, *y) for x in found], axis, take)
 
 

@@ -189,7 +189,9 @@ COLUMNS: dict[str, Column] = {
         "The step at which the newest spike began; the layer with the smallest spiked first.",
     ),
     "spike_peak": Column(lambda r: r.sums.spike_peak, "The largest spike since spike_step."),
-    "zero_gradients": Column(lambda r: r.sums.zeros / r.sums.size, "The share of elements whose gradient is 0."),
+    "zero_gradients": Column(
+        lambda r: r.sums.zeros / r.sums.size, "The share of elements whose gradient is 0; on CPU."
+    ),
     "relative_gradient": Column(
         lambda r: np.sqrt(r.sums.relative_sq / r.sums.size),
         "Root mean square of g / v^^(1/2), element by element. Well above 1, v has not seen such gradients yet, and "

@@ -239,11 +239,12 @@ def observe(
 
         def inside(take=sums.one_each, beside=new_parameter):
             """On accelerators: sums in the update's own kernel, at every step."""
-            power, product, zeros, direct, sketches = step.in_the_step(seeds, take, beside)
+            power, product, direct, sketches = step.in_the_step(seeds, take, beside)
             begun = Memory(*old.memory).begun((state.count == 0) & (step.t > 1))
             memory = step.advance(step.remember(begun), power, product)
             second = jnp.where(step.of_kind("direct"), direct, memory.second)
-            taken = Taken(power, product, zeros, begun.first, memory.first, second, sketches)
+            unknown = jnp.full_like(power, jnp.nan)  # zeros: one more row of sums would be more than a look may keep
+            taken = Taken(power, product, unknown, begun.first, memory.first, second, sketches)
             new = after(taken, memory, lambda last, *_: (last, old.detailed))
             new = burst_after(new, lambda due, new, old: keep(new(), old(), due))
             new = keep(new, old, due & step.ok)
