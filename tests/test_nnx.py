@@ -53,6 +53,8 @@ def test_without_a_form_to_take_boxes_from_it_is_plain():
 
 
 def test_noise_is_shared_in_the_middle_of_a_run():
+    if not hasattr(nnx, "as_pure"):
+        pytest.skip("flax before 0.12.7 has no nnx.as_pure")
     model, optimizer = made(snr_adam.descend(0.1))
     trained(model, optimizer)
     params = nnx.state(model, nnx.Param)
