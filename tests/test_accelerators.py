@@ -91,8 +91,8 @@ def _of_many_leaves(target, dtype, step):
 def test_a_look_at_many_leaves_is_free(found, target, dtype, step):
     look, base = (found(target, GPT2, dtype, name) for name in (step, compiled.STEPS[step].base))
     check_free(target, look, base)
-    # loose, because machines have other things to do
-    assert look["compile_s"] <= 3.3 * base["compile_s"] + 5.0
+    # loose, because both are compiled beside other tests: it was 10 to 16 times, and is 2 to 4 on an idle machine
+    assert look["compile_s"] <= 6 * base["compile_s"] + 10.0
 
 
 @targets
