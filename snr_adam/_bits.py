@@ -79,6 +79,17 @@ def hashed(index: jax.Array, before: jax.Array, between: jax.Array) -> jax.Array
     return x ^ (x >> 16)
 
 
+def sign_bits(shape: tuple[int, ...], seed: Seed) -> jax.Array:
+    """uint32 whose two highest bits are random, for an array, or several whose seeds lie along a first axis.
+
+    Half of what `hashed` does: its second half is for the lower bits, and costs time to compile and to run. The highest
+    bits of neighbours are as good as independent, which with less than this they are not (`tests/test_lags.py`).
+    """
+    x = element_index(shape, seed.before) * np.uint32(0x9E3779B1)
+    x = x ^ (x >> 16) ^ seed.between.reshape(seed.between.shape + (1,) * len(shape))
+    return x * np.uint32(0x846CA68B)
+
+
 def word_of(x: jax.Array) -> jax.Array:
     """The bits of a float32 array as uint32."""
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)

@@ -27,8 +27,8 @@ def resize(state: Any, tx, params) -> Any:
 
     Moments of new parameters, and of new rows or columns, are those of a fresh state; the rest keeps its bits. The
     count goes on, and serves for all: new entries step as after gradients of zeros, at first up to 3.2 learning rates
-    long for Adam's defaults (docs/wrappers.md, "Frozen parameters"). Averages of weights begin there with the new
-    weights, and `observe` begins to look anew.
+    long for Adam's defaults (docs/how_to/order_of_wrappers.md, "Frozen parameters"). Averages of weights begin there
+    with the new weights, and `observe` begins to look anew.
 
     Args:
       state: the optimizer's state, of this package or of Optax, after any number of steps.

@@ -10,8 +10,7 @@ Where gradients turn round within a burst no line fits, and `estimate` says what
 
 The products are those of *sketches*: 128 sums of the elements of a leaf with random signs, which keep inner products on
 average; kilobytes instead of five copies of the gradients. Signs are hashes of the element's place, the leaf and the
-burst: the same within a burst, and new ones for the next, so that their error averages out over bursts. A sign takes
-half a hash: what `_bits.hashed` does more for its lower bits costs time to compile and to run.
+burst: the same within a burst, and new ones for the next, so that their error averages out over bursts.
 
 The spread of S is measured in each burst. Q_ij = <g_i, g_j> less the fit is split into what belongs to one gradient,
 u_i, and to a pair, r_ij: with a = mean of Q_ii and l = S / a,
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snr_adam._bits import Seed, element_index, float_of, word_of
+from snr_adam._bits import Seed, float_of, sign_bits, word_of
 from snr_adam.telemetry._sums import WIDTH, is_few
 
 BURST = 6
@@ -86,9 +85,7 @@ def signed(x, seeds: Seed, axis):
     if is_whole(x, axis):
         return x
     shape = x.shape[seeds.before.ndim :]
-    bits = element_index(shape, seeds.before) * np.uint32(0x9E3779B1)
-    bits = bits ^ (bits >> 16) ^ seeds.between.reshape(seeds.between.shape + (1,) * len(shape))
-    bits = bits * np.uint32(0x846CA68B)
+    bits = sign_bits(shape, seeds)
 
     def turn(x, bits):
         return float_of(word_of(x) ^ (bits & np.uint32(0x80000000)))

@@ -1,16 +1,19 @@
 """The layers of a report as a person reads them: in the order of the network, and which of them hold only rounding.
 
     network_order(names)       positions of names such that layers_2 comes before layers_10
+    first_spike(began, ...)    the layer in which a spike began
     is_rounding(columns)       layers whose gradient is what float32's rounding leaves
     mostly_rounding(history)   those of which this holds most of the time
 
-Apart from the rest because tables, plots, the page and alarms all ask the same two questions.
+Apart from the rest because tables, plots, the page and alarms all ask the same questions.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from snr_adam.telemetry._spikes import CALM
 
 ROUNDING = 2.0**-20
 """A gradient up to this share of the largest layer's, per element, may be rounding: 8 units in the last place."""
@@ -55,6 +58,15 @@ def _ranks(parts: list[str]) -> dict[str, int]:
         by_number = sorted(same, key=lambda part: [int(x) for x in split[part][1::2]])
         ranks.update(zip(by_number, [place[part] for part in same], strict=True))
     return ranks
+
+
+def first_spike(began: np.ndarray, peak: np.ndarray, step: float) -> int | None:
+    """Which layer spiked first of those whose newest spike began within 20 steps of this one; None if there is none.
+
+    began, peak: `spike_step` and `spike_peak` of a report, (L,). Of several at one step, that with the largest peak.
+    """
+    near = [i for i in range(len(began)) if abs(began[i] - step) <= CALM]
+    return min(near, key=lambda i: (began[i], -peak[i]), default=None)
 
 
 def is_rounding(columns: Mapping[str, np.ndarray]) -> np.ndarray:

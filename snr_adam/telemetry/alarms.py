@@ -29,14 +29,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snr_adam.telemetry._layers import ROUNDING, is_rounding, network_order
+from snr_adam.telemetry._layers import ROUNDING, first_spike, is_rounding, network_order
+from snr_adam.telemetry._spikes import LEAST
 from snr_adam.telemetry.advice import over_run
 
 _FAR_ABOVE, _FAR_BELOW = 8.0, 1 / 20
 _LEFT = 1.05  # pseudo_snr up to here is at its floor: nothing but chance is above it
 _SKIPPED = 0.01
-_SPIKE = 6.0
-_TOGETHER = 20  # spikes that begin within so many steps are one
 _LOST = 0.5
 _NAMED = 4  # more layers than these are counted
 _RATE = "A lower learning rate, or a decay, helps if the loss has stopped falling."
@@ -202,16 +201,15 @@ def _not_finite(run: _Run) -> Iterator[Alarm]:
 
 def _spike(run: _Run) -> Iterator[Alarm]:
     began, peak = run.total("spike_step")[-1], run.total("spike_peak")[-1]
-    if not (peak > _SPIKE and began >= run.steps[-run.last :][0]):
+    if not (peak > LEAST and began >= run.steps[-run.last :][0]):
         return
     steps, peaks = run.layers("spike_step")[-1], run.layers("spike_peak")[-1]
-    newest = [i for i in range(len(run.names)) if abs(steps[i] - began) <= _TOGETHER]
-    first = min(newest, key=lambda i: (steps[i], -peaks[i]), default=None)
+    first = first_spike(steps, peaks, began)
     where = "" if first is None else f" It began in {run.names[first]}."
     yield Alarm(
         "spike",
         float(peak),
-        _SPIKE,
+        LEAST,
         f"The gradient spiked at step {began:,.0f}, by {peak:.1f} standard deviations of its norm's logarithm.{where}",
         () if first is None else (run.names[first],),
         int(began),

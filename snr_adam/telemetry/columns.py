@@ -172,8 +172,8 @@ COLUMNS: dict[str, Column] = {
     ),
     "skipped_share": Column(
         lambda r: r.sums.skipped,
-        "The share of all steps that a guard has not taken, for gradients that were not finite or spiked; not known "
-        "without a guard.",
+        "The share of steps that a guard has not taken, for gradients that were not finite; spikes are counted apart, "
+        "by `health`. Not known without a guard.",
     ),
     "cosine": Column(
         lambda r: r.sums.product / np.sqrt(r.sums.before_sq * r.sums.power),

@@ -29,8 +29,8 @@ from snr_adam.guard import GuardState
 from snr_adam.telemetry import text
 from snr_adam.telemetry._averages import WINDOW, Last, Means, errors
 from snr_adam.telemetry._lags import Lags, estimate, student
+from snr_adam.telemetry._layers import first_spike
 from snr_adam.telemetry._rows import OF_LAGS, SUMS, Sums
-from snr_adam.telemetry._spikes import CALM
 from snr_adam.telemetry._state import ObserveState, means_in, spikes_in
 from snr_adam.telemetry.columns import COLUMNS, columns
 
@@ -106,8 +106,8 @@ class Report:
         These are the spikes that began within 20 steps of the last; of those that began at one step, the largest.
         """
         began, peak = self.columns["spike_step"], self.columns["spike_peak"]
-        newest = [i for i in range(len(began)) if began[i] >= np.fmax.reduce(began) - CALM]
-        return self.names[min(newest, key=lambda i: (began[i], -peak[i]))] if newest else None
+        first = first_spike(began, peak, np.fmax.reduce(began, initial=np.nan))
+        return None if first is None else self.names[first]
 
     def explain(self) -> str:
         """What each quantity says, in lines of 100 characters."""
